@@ -1,0 +1,1 @@
+"""The baselines: routers and their YAML rows, no backbone code."""

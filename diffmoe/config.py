@@ -1,0 +1,509 @@
+"""Typed configurations: frozen dataclasses <-> YAML, with a digest.
+
+A run is a function of (config digest, seed, data digest, images seen). The digest covers every field
+that changes a result and differs from `frozen_defaults.yaml`; adding an option whose default keeps
+the old behaviour therefore changes no digest. Each field has one of three scopes:
+
+    training    (default) changes what is learned
+    inference   changes only what is sampled: rows that differ here share one checkpoint
+    runtime     changes neither (device, backend, compile); never in a digest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import importlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the remedy."""
+
+
+INFERENCE = {"scope": "inference"}
+RUNTIME = {"scope": "runtime"}
+
+
+class ProcessKind(enum.StrEnum):
+    """The diffusion process."""
+
+    FLOW = "flow"
+    DDPM = "ddpm"
+
+
+class Sampler(enum.StrEnum):
+    """The integrator: Euler and Heun for rectified flow, DDIM and ancestral for DDPM."""
+
+    EULER = "euler"
+    HEUN = "heun"
+    DDIM = "ddim"
+    ANCESTRAL = "ancestral"
+
+
+class GuidedForward(enum.StrEnum):
+    """How the conditional and the unconditional half of a guided call meet the network."""
+
+    SEPARATE = "separate"
+    JOINT = "joint"
+
+
+class EmaBuffers(enum.StrEnum):
+    """What the weight average does with buffers (thresholds)."""
+
+    COPY = "copy"
+    AVERAGE = "average"
+
+
+class Precision(enum.StrEnum):
+    """Arithmetic of the backbone and the experts; routing is float32 in both."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Backend(enum.StrEnum):
+    """How the expert bank computes; every choice gives the result of `loop`."""
+
+    AUTO = "auto"
+    LOOP = "loop"
+    BATCHED = "batched"
+    GROUPED = "grouped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Options of one router; each router class extends this as its `Config`."""
+
+    kind: str
+    """A name built into diffmoe (`expert_choice`) or an import string `module:Class`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts feed-forward layers."""
+
+    router: RouterConfig
+    """The rule that says which expert works on which token."""
+    num_experts: int
+    """Experts a layer, E."""
+    capacity: float = 1.0
+    """Training capacity C: experts that work on a token, on average (token choice: exactly)."""
+    interleave: bool = True
+    """MoE in odd blocks only (the paper); false puts it in every block."""
+    shared_experts: int = 0
+    """Experts that work on every token beside the routed ones."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_experts", "capacity")
+        require(self.shared_experts >= 0, "moe.shared_experts", self.shared_experts, "use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One DiT backbone. In YAML `size: S` stands for hidden_size, depth and num_heads."""
+
+    hidden_size: int
+    """Width D."""
+    depth: int
+    """Number of blocks."""
+    num_heads: int
+    """Attention heads a block."""
+    input_size: int
+    """Height and width of the image or latent, in pixels of that array."""
+    patch_size: int
+    """Side of a patch in the same pixels; T = (input_size / patch_size)^2 tokens a sample."""
+    in_channels: int
+    """Channels of the image or latent."""
+    num_classes: int
+    """Classes; label `num_classes` is the null label of guidance."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a feed-forward network (and of an expert) over D."""
+    class_dropout_prob: float = 0.1
+    """Share of training labels replaced by the null label; at 0 there is no null label."""
+    learn_sigma: bool = True
+    """Predict 2C channels; DDPM reads the second half as its variance, flow ignores it."""
+    moe: MoEConfig | None = None
+    """None: the dense baseline."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "hidden_size", "depth", "num_heads", "input_size", "patch_size", "in_channels",
+                         "num_classes", "mlp_ratio")
+        require(self.hidden_size % self.num_heads == 0, "model.hidden_size", self.hidden_size,
+                f"make it a multiple of num_heads={self.num_heads}")
+        require(self.hidden_size % 4 == 0, "model.hidden_size", self.hidden_size,
+                "make it a multiple of 4 (sine-cosine positions)")
+        require(self.input_size % self.patch_size == 0, "model.input_size", self.input_size,
+                f"make it a multiple of patch_size={self.patch_size}")
+        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob,
+                "use a probability in [0, 1)")
+        require(float(self.ffn_size) == self.hidden_size * self.mlp_ratio, "model.mlp_ratio", self.mlp_ratio,
+                f"make hidden_size={self.hidden_size} times it a whole number")
+        if self.moe is not None:
+            resolve_router(self.moe.router.kind).check(self, self.moe)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens a sample."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def ffn_size(self) -> int:
+        """F, hidden width of a feed-forward network and of an expert."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class, or None when the model was built without one."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+    def is_moe_block(self, index: int) -> bool:
+        """Say whether block `index` (from 0) holds experts."""
+        return self.moe is not None and (index % 2 == 1 or not self.moe.interleave)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The diffusion process that is trained."""
+
+    process: ProcessKind = ProcessKind.FLOW
+    """Rectified flow, or DDPM with learned sigma (1000 linear steps)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training images."""
+
+    name: str
+    """`digits`: scikit-learn's handwritten digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The shared trainer."""
+
+    batch_size: int
+    """Images an optimiser step, over all processes."""
+    num_images: int
+    """Length of the run in images seen; a whole number of batches."""
+    learning_rate: float = 1e-4
+    """AdamW's constant learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises linearly from 0."""
+    clip_norm: float | None = None
+    """Largest norm of the backbone's gradient; predictors are neither counted nor scaled."""
+    ema_half_life_images: float = 1_774_357.0
+    """Half-life of the weight average in images. Default: 0.9999 a step of 256 images, 256 ln 2 / -ln 0.9999."""
+    ema_buffers: EmaBuffers = EmaBuffers.COPY
+    """`average` is the authors' rule: it pulls thresholds towards the zero that they start from."""
+    precision: Precision = Precision.FP32
+    """bf16: autocast of everything but routing, norms and the residual stream."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")
+        require(self.num_images % self.batch_size == 0, "training.num_images", self.num_images,
+                f"make it a multiple of batch_size={self.batch_size}")
+        require(self.warmup_images >= 0, "training.warmup_images", self.warmup_images, "use 0 or more")
+        require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm,
+                "use a positive number, or null to switch clipping off")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.num_images // self.batch_size
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay a step that halves a weight's share every `ema_half_life_images`."""
+        return 0.5 ** (self.batch_size / self.ema_half_life_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn. All of it is stated beside every number."""
+
+    sampler: Sampler = field(default=Sampler.EULER, metadata=INFERENCE)
+    """The integrator; it must belong to the process."""
+    num_steps: int = field(default=50, metadata=INFERENCE)
+    """Integrator steps (Heun calls the network twice a step)."""
+    batch_size: int = field(default=100, metadata=INFERENCE)
+    """Images a sampling batch: part of the method for `selection: gate`, whose pool it is."""
+    guidance_scale: float = field(default=1.0, metadata=INFERENCE)
+    """Classifier-free guidance; 1 is off and costs one call."""
+    guided_channels: int | None = field(default=None, metadata=INFERENCE)
+    """Leading channels that are guided; null for all of them, 3 in DiT's forward_with_cfg."""
+    guided_forward: GuidedForward = field(default=GuidedForward.SEPARATE, metadata=INFERENCE)
+    """separate: two calls; joint: one call, where both halves share the experts' pool."""
+    ddim_eta: float = field(default=0.0, metadata=INFERENCE)
+    """Share of ancestral noise in DDIM: 0 is deterministic."""
+    clip_denoised: bool = field(default=False, metadata=INFERENCE)
+    """Clip DDPM's estimate of the clean image to [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_steps", "batch_size")
+        require(self.guided_channels is None or self.guided_channels > 0, "sampling.guided_channels",
+                self.guided_channels, "use a positive number, or null for all channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how fast; nothing here changes a result beyond rounding."""
+
+    device: str = field(default="auto", metadata=RUNTIME)
+    """`cpu`, `cuda`, or `auto`."""
+    backend: Backend = field(default=Backend.AUTO, metadata=RUNTIME)
+    """Expert backend."""
+    compile: bool = field(default=False, metadata=RUNTIME)
+    """torch.compile of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about one run but its seed."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        samplers = {ProcessKind.FLOW: (Sampler.EULER, Sampler.HEUN),
+                    ProcessKind.DDPM: (Sampler.DDIM, Sampler.ANCESTRAL)}[self.diffusion.process]
+        require(self.sampling.sampler in samplers, "sampling.sampler", self.sampling.sampler.value,
+                f"with process {self.diffusion.process} use one of {', '.join(samplers)}")
+        require(self.diffusion.process is ProcessKind.FLOW or self.model.learn_sigma, "model.learn_sigma",
+                self.model.learn_sigma, "ddpm needs learn_sigma: true")
+        if self.model.moe is not None:
+            resolve_router(self.model.moe.router.kind).check_batch(self.model, self.model.moe, self.training.batch_size)
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise ConfigError with one line that names the key, the value and the remedy, unless `condition`."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: {remedy}")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Require each named number of `config` to be finite and above 0."""
+    for name in names:
+        value = getattr(config, name)
+        section = type(config).__name__.removesuffix("Config").lower()
+        require(math.isfinite(value) and value > 0, f"{section}.{name}", value, "use a number above 0")
+
+
+BUILT_IN_ROUTERS = {"expert_choice": "diffmoe.moe.expert_choice:ExpertChoice"}
+
+
+@functools.cache
+def resolve_router(kind: str) -> type:
+    """Return the router class of `kind`: a built-in name or an import string `module:Class`."""
+    from diffmoe.moe.routing import Router  # the router contract imports this module
+
+    module_name, _, class_name = BUILT_IN_ROUTERS.get(kind, kind).partition(":")
+    remedy = f"use one of {', '.join(BUILT_IN_ROUTERS)} or an import string module:Class"
+    try:
+        router = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"moe.router.kind={kind}: {remedy} ({error})") from None
+    require(isinstance(router, type) and issubclass(router, Router), "moe.router.kind", kind, remedy)
+    return router
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "nano": {"hidden_size": 48, "depth": 4, "num_heads": 4},
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+    # The paper prints only the parameter counts of these two (951M, 1353M); the shapes are inferred from them.
+    "XXL": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
+    "XXXL": {"hidden_size": 1440, "depth": 36, "num_heads": 16},
+}
+
+
+def from_dict(cls: type, data: Any, path: str = "") -> Any:
+    """Build the config dataclass `cls` from plain YAML data.
+
+    Raises:
+        ConfigError: for an unknown, missing or mistyped key, naming it with its dotted path.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path or 'config'}={data!r}: write a mapping of {_names(cls)}")
+    if cls is ModelConfig:
+        data = _expand_size(data, path)
+    if cls is RouterConfig:
+        if not isinstance(data.get("kind"), str):
+            raise ConfigError(f"{path}.kind={data.get('kind')}: name a router, for example expert_choice")
+        cls = resolve_router(data["kind"]).Config
+    hints = typing.get_type_hints(cls, include_extras=False)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"known keys are {_names(cls)}"
+            raise ConfigError(f"{_join(path, key)}: unknown key; {remedy}")
+    for name, spec in fields.items():
+        if name not in data and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, name)}: missing; it has no default")
+    return cls(**{key: _convert(hints[key], value, _join(path, key)) for key, value in data.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return plain data (str, int, float, bool, None, dict) that `from_dict` turns back into `config`."""
+    plain = dataclasses.asdict(config)
+
+    def simplify(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: simplify(item) for key, item in value.items()}
+        return value.value if isinstance(value, enum.Enum) else value
+
+    return simplify(plain)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
+
+    A file may name another with `base: FILE` (relative to itself); its own keys are laid over that one's.
+
+    Raises:
+        ConfigError: for anything that cannot be used, with the key and the remedy.
+    """
+    data = _read_yaml(Path(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override}: write overrides as key.path=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}={text}: not a YAML value") from None
+        _set_path(data, key, value)
+    return from_dict(RunConfig, data)
+
+
+def digest(config: Any, *, scope: str = "inference") -> str:
+    """Return 12 hex digits that name what `config` computes.
+
+    Args:
+        config: any config dataclass.
+        scope: `training` covers what is learned; `inference` also what is sampled.
+    """
+    content: dict[str, Any] = {}
+    frozen = _frozen_defaults()
+
+    def visit(node: Any, path: str) -> None:
+        section = type(node).__name__ if not isinstance(node, RouterConfig) else node.kind
+        for spec in dataclasses.fields(node):
+            value = getattr(node, spec.name)
+            field_scope = spec.metadata.get("scope", "training")
+            if field_scope == "runtime" or (field_scope == "inference" and scope == "training"):
+                continue
+            if dataclasses.is_dataclass(value):
+                visit(value, _join(path, spec.name))
+                continue
+            value = value.value if isinstance(value, enum.Enum) else value
+            default = spec.default.value if isinstance(spec.default, enum.Enum) else spec.default
+            if value != frozen.get(section, {}).get(spec.name, default):
+                content[_join(path, spec.name)] = float(value) if type(value) is int else value
+
+    visit(config, "")
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _frozen_defaults() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((Path(__file__).parent / "frozen_defaults.yaml").read_text())
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _expand_size(data: dict[str, Any], path: str) -> dict[str, Any]:
+    if "size" not in data:
+        return data
+    rest = {key: value for key, value in data.items() if key != "size"}
+    if data["size"] not in SIZES:
+        raise ConfigError(f"{_join(path, 'size')}={data['size']}: use one of {', '.join(SIZES)}")
+    return SIZES[data["size"]] | rest
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Check `value` against the annotation `hint`; ints become floats, nothing else is coerced."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if issubclass(hint, enum.Enum):
+        if value not in list(hint):
+            raise ConfigError(f"{path}={value}: use one of {', '.join(hint)}")
+        return hint(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+        raise ConfigError(f"{path}={value!r}: write {kind}")
+    return value
+
+
+def _set_path(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {parent} is not a mapping in this configuration")
+        data = child
+    data[last] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: write a mapping with the keys {_names(RunConfig)}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    return _merge(_read_yaml(path.parent / str(base)), data)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(base[key], top[key]) for key in base.keys() & top.keys()
+            if isinstance(base[key], dict) and isinstance(top[key], dict)}
+    return base | top | both

@@ -1,0 +1,66 @@
+"""The parts of a DiT: embeddings, modulation, final layer (Peebles & Xie 2023, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+NUM_FREQUENCIES = 128
+MAX_PERIOD = 10_000
+
+
+def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift, one shift and scale a sample."""
+    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed scalar times: 128 cosines and 128 sines, then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Map times (B,), in [0, 1] for flow and 0..999 for DDPM, to (B, D)."""
+        index = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t_B.device)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) / NUM_FREQUENCIES * index)
+        angles = t_B[:, None].float() * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map to patches, both starting at zero."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size**2 * out_channels)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        """Return patches (B, T, patch * patch * channels), channel fastest."""
+        shift, scale = self.adaln(condition_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x_BTD), shift, scale))
+
+
+def unpatchify(patches: Tensor, height: int, patch_size: int) -> Tensor:
+    """Turn (B, T, patch * patch * channels) into (B, channels, H, W); tokens are row-major."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch_size, q=patch_size)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Return the fixed 2-D sine-cosine table, float32 (1, side * side, width).
+
+    The first half of the channels encodes the column, the second the row, each as sines then cosines.
+    """
+    quarter = width // 4
+    frequencies = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([axis[column.flatten()], axis[row.flatten()]], dim=1).float()[None]

@@ -1,0 +1,1 @@
+"""Mixture of experts: routers decide (`routing`), the expert bank computes (`experts`)."""

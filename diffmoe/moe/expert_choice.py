@@ -1,0 +1,181 @@
+"""Expert choice over a pool of tokens: DiffMoE (pool `batch`) and EC-DiT (pool `sample`) are one class.
+
+Training (DiffMoE section 3, Algorithm 1): the S tokens are laid out in P pools of n tokens; in each, every
+expert takes its k = n/E * C highest-scoring tokens. A capacity predictor learns that selection from detached
+tokens by binary cross-entropy, and an exponential average follows the k-th largest predicted probability.
+
+Inference: `static` repeats the training rule. `dynamic` counts, for each expert and pool, the tokens whose
+predicted probability is above the expert's threshold; with `selection: gate` (the authors' rule) that many
+tokens are taken by gate score, with `selection: predictor` each token passes on its own.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffmoe.config import INFERENCE, ModelConfig, MoEConfig, RouterConfig, require
+from diffmoe.moe.routing import Router, Routing, row_count, tokens_an_expert_takes
+
+
+class Pool(enum.StrEnum):
+    """Where an expert looks for its tokens: one image (EC, level L2) or the batch (DiffMoE, level L3)."""
+
+    SAMPLE = "sample"
+    BATCH = "batch"
+
+
+class Inference(enum.StrEnum):
+    """static: the training rule; dynamic: the predictor decides how many tokens an expert takes."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
+class Selection(enum.StrEnum):
+    """gate: the predictor says how many and the gate score which; predictor: each token for itself."""
+
+    GATE = "gate"
+    PREDICTOR = "predictor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceConfig(RouterConfig):
+    """The axes of the paper's ablations."""
+
+    pool: Pool = Pool.BATCH
+    """The pool of a selection."""
+    pool_images: int | None = None
+    """Images a training pool of `batch`; null: the whole batch that the router is given."""
+    predictor: bool = True
+    """Train a capacity predictor; false saves its parameters and leaves static inference only."""
+    predictor_loss_weight: float = 1.0
+    """Weight of the predictor's cross-entropy, summed over layers (the released configuration: 1)."""
+    threshold_decay: float = 0.95
+    """Decay of the threshold's average, a step."""
+    threshold_debias: bool = False
+    """Correct the average for starting at zero; false is the authors' rule."""
+    inference: Inference = field(default=Inference.DYNAMIC, metadata=INFERENCE)
+    """How many tokens an expert takes at inference."""
+    selection: Selection = field(default=Selection.GATE, metadata=INFERENCE)
+    """Which tokens an expert takes in dynamic inference."""
+    global_threshold: float | None = field(default=None, metadata=INFERENCE)
+    """One threshold for all experts and layers in place of the averages (the paper's interval search)."""
+
+
+class ExpertChoice(Router):
+    """Experts choose tokens; see the file's docstring."""
+
+    Config = ExpertChoiceConfig
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__(model, moe)
+        self.options: ExpertChoiceConfig = moe.router
+        if self.options.predictor:
+            width = model.hidden_size
+            self.predictor = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, moe.num_experts))
+            self.register_buffer("threshold", torch.zeros(moe.num_experts))
+
+    def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
+        """Select by the training rule in training mode or static inference, else by the predictor."""
+        scores_SE = self.scores(x_BTD)
+        if self.training:
+            return self._train(x_BTD, scores_SE)
+        if self.options.inference is Inference.STATIC:
+            return self._static(scores_SE, self._num_pools(x_BTD))
+        return self._dynamic(x_BTD, scores_SE, row_bound)
+
+    def update(self, observed: Tensor, num_updates: int) -> None:
+        """Move the thresholds: decay * threshold + (1 - decay) * quantile (DiffMoE section 3.3)."""
+        decay = self.options.threshold_decay
+        share = 1 - decay
+        if self.options.threshold_debias:  # the weight that makes the average of n terms sum to one
+            share /= 1 - decay ** (num_updates + 1)
+        self.threshold.lerp_(observed.to(self.threshold.dtype), share)
+
+    def probabilities(self, x_BTD: Tensor) -> Tensor:
+        """Return the predicted probability that each expert takes each token, float32 (S, E)."""
+        return self.predictor(x_BTD.flatten(0, 1)).sigmoid()
+
+    def _num_pools(self, x_BTD: Tensor) -> int:
+        num_samples = x_BTD.shape[0]
+        if self.options.pool is Pool.SAMPLE:
+            return num_samples
+        if not self.training or self.options.pool_images is None:
+            return 1
+        require(num_samples % self.options.pool_images == 0, "moe.router.pool_images", self.options.pool_images,
+                f"make the batch of {num_samples} images a whole number of pools")
+        return num_samples // self.options.pool_images
+
+    def _static(self, scores_SE: Tensor, num_pools: int) -> Routing:
+        pool_tokens = scores_SE.shape[0] // num_pools
+        k = tokens_an_expert_takes(pool_tokens, self.num_experts, self.capacity, "a pool")
+        gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
+        first_P1 = torch.arange(num_pools, device=scores_SE.device)[:, None] * pool_tokens
+        return Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
+                       tokens_per_expert=num_pools * k)
+
+    def _train(self, x_BTD: Tensor, scores_SE: Tensor) -> Routing:
+        num_pools = self._num_pools(x_BTD)
+        routing = self._static(scores_SE, num_pools)
+        if not self.options.predictor:
+            return routing
+        # Detached input: the predictor's loss cannot reach the backbone.
+        logits_SE = self.predictor(x_BTD.detach().flatten(0, 1))
+        chosen_SE = routing.mask(*scores_SE.shape)
+        bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
+        k = routing.tokens_per_expert // num_pools
+        predicted_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
+        kth_largest_EP = predicted_EPn.topk(k, sorted=False).values.amin(-1).sigmoid()
+        routing.losses["predictor"] = self.options.predictor_loss_weight * bce
+        routing.stats["predictor_bce"] = bce.detach()
+        routing.observed = kth_largest_EP.mean(1)
+        return routing
+
+    def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
+        threshold = self.threshold if self.options.global_threshold is None else self.options.global_threshold
+        passes_SE = self.probabilities(x_BTD) > threshold
+        if self.options.selection is Selection.GATE:
+            passes_SE = self._take_by_score(passes_SE, scores_SE, self._num_pools(x_BTD))
+        return Routing.from_mask(passes_SE, scores_SE, num_rows=row_count(row_bound, *scores_SE.shape))
+
+    @staticmethod
+    def _take_by_score(passes_SE: Tensor, scores_SE: Tensor, num_pools: int) -> Tensor:
+        """Replace the tokens that pass by as many with the highest scores, for each expert and pool."""
+        count_PE = rearrange(passes_SE, "(p n) e -> p n e", p=num_pools).sum(1)
+        order_PnE = rearrange(scores_SE, "(p n) e -> p n e", p=num_pools).argsort(dim=1, descending=True, stable=True)
+        rank_n = torch.arange(order_PnE.shape[1], device=scores_SE.device)
+        taken_PnE = rank_n[None, :, None] < count_PE[:, None, :]
+        return torch.zeros_like(taken_PnE).scatter_(1, order_PnE, taken_PnE).flatten(0, 1)
+
+    @classmethod
+    def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
+        """Require a predictor for dynamic inference, sane numbers, and a token for each expert of an image's pool."""
+        options: ExpertChoiceConfig = moe.router
+        require(options.predictor or options.inference is Inference.STATIC, "moe.router.inference",
+                options.inference.value, "dynamic inference needs predictor: true")
+        require(options.pool is Pool.BATCH or options.pool_images is None, "moe.router.pool_images",
+                options.pool_images, "pool: sample has one image a pool; leave it out")
+        require(options.pool_images is None or options.pool_images >= 1, "moe.router.pool_images",
+                options.pool_images, "use 1 or more")
+        require(0 <= options.threshold_decay < 1, "moe.router.threshold_decay", options.threshold_decay,
+                "use a number in [0, 1)")
+        require(options.predictor_loss_weight >= 0, "moe.router.predictor_loss_weight", options.predictor_loss_weight,
+                "use 0 or more")
+        if options.pool is Pool.SAMPLE:
+            tokens_an_expert_takes(model.num_tokens, moe.num_experts, moe.capacity, "an image")
+
+    @classmethod
+    def check_batch(cls, model: ModelConfig, moe: MoEConfig, batch_size: int) -> None:
+        """Require whole pools with a token for each expert."""
+        options: ExpertChoiceConfig = moe.router
+        if options.pool is Pool.BATCH:
+            images = options.pool_images or batch_size
+            require(batch_size % images == 0, "moe.router.pool_images", images,
+                    f"make training.batch_size={batch_size} a multiple of it")
+            tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")

@@ -1,0 +1,139 @@
+"""The expert bank: packed weights of E feed-forward networks, and the ways to compute them.
+
+    y[token] = sum over the token's pairs of gate * FFN_expert(x[token]),  FFN(x) = gelu(x w1 + b1) w2 + b2
+
+Backends, all with the same result:
+    loop      one expert after another; the oracle, and the only one for float64
+    batched   two batched products; needs the same number of rows for every expert
+    grouped   two grouped products with offsets on the device; for ragged rows
+`auto` takes `batched` for equal rows, and for ragged ones `grouped` where the device has it, else `loop`.
+Shapes: see the legend in routing.py; R rows of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe.config import Backend
+from diffmoe.moe.routing import Routing, SeededGenerator
+
+# Public since torch 2.10; the underscored name is the same operator before.
+grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+GROUPED_ALIGNMENT_BYTES = 16
+
+
+class ExpertBank(nn.Module):
+    """E feed-forward networks with GELU (tanh), packed along the first axis.
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden: F.
+    """
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.b1 = nn.Parameter(torch.empty(num_experts, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.b2 = nn.Parameter(torch.empty(num_experts, width))
+        self.backend = Backend.AUTO
+
+    def initialise(self, generator: SeededGenerator) -> None:
+        """Set Xavier-uniform matrices with each expert's own fans, and zero biases."""
+        for name in ("w1", "w2"):
+            for index, matrix in enumerate(getattr(self, name)):
+                nn.init.xavier_uniform_(matrix, generator=generator(f"{name}.{index}"))
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+
+    def forward(self, x_SD: Tensor, routing: Routing) -> Tensor:
+        """Compute the routed pairs and add them up by token.
+
+        Args:
+            x_SD: tokens (S, D).
+            routing: the pairs; their weights multiply the experts' outputs.
+
+        Returns:
+            (S, D) in the dtype of `x_SD`; zeros for tokens without an expert.
+
+        Raises:
+            ValueError: when the chosen backend cannot compute this routing.
+        """
+        dtype = x_SD.dtype
+        if torch.is_autocast_enabled(x_SD.device.type):
+            dtype = torch.get_autocast_dtype(x_SD.device.type)
+        with torch.autocast(x_SD.device.type, enabled=False):
+            weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
+            y_ND = self._compute(x_SD.to(dtype)[routing.token_N], weights, routing)
+            weighted_ND = y_ND * routing.gate_N[:, None].to(torch.promote_types(dtype, routing.gate_N.dtype))
+            return weighted_ND.new_zeros(x_SD.shape).index_add_(0, routing.token_N, weighted_ND).to(x_SD.dtype)
+
+    def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
+        equal = isinstance(routing.tokens_per_expert, int)
+        backend = self.backend
+        if backend is Backend.AUTO:
+            ragged = Backend.GROUPED if grouped_is_supported(x_ND.device, x_ND.dtype) else Backend.LOOP
+            backend = Backend.BATCHED if equal else ragged
+        if backend is Backend.LOOP:
+            return _loop(x_ND, weights, routing)
+        if backend is Backend.BATCHED:
+            if not equal:
+                raise ValueError("backend=batched: this router gives experts unequal rows; use grouped, loop or auto")
+            return _batched(x_ND, weights, routing.tokens_per_expert)
+        if not grouped_is_supported(x_ND.device, x_ND.dtype):
+            raise ValueError(f"backend=grouped: not available for {x_ND.dtype} on {x_ND.device.type}; use loop or auto")
+        return _grouped(x_ND, weights, routing)
+
+
+def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether grouped products exist for `dtype` on `device` without a hidden host synchronisation."""
+    if grouped_mm is None:
+        return False
+    if device.type == "cuda":
+        return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+def _feed_forward(x_RD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.gelu(x_RD @ w1 + b1, approximate="tanh") @ w2 + b2
+
+
+def _loop(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
+    num_experts = weights[0].shape[0]
+    counts = routing.counts(num_experts).tolist()
+    *rows, pads = x_ND.split([*counts, x_ND.shape[0] - sum(counts)])
+    outputs = [_feed_forward(x_RD, *(weight[expert] for weight in weights)) for expert, x_RD in enumerate(rows)]
+    return torch.cat([*outputs, torch.zeros_like(pads)])
+
+
+def _batched(x_ND: Tensor, weights: list[Tensor], rows: int) -> Tensor:
+    w1, b1, w2, b2 = weights
+    x_ERD = x_ND.unflatten(0, (w1.shape[0], rows))
+    hidden_ERF = F.gelu(torch.baddbmm(b1[:, None], x_ERD, w1), approximate="tanh")
+    return torch.baddbmm(b2[:, None], hidden_ERF, w2).flatten(0, 1)
+
+
+def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
+    w1, b1, w2, b2 = weights
+    num_experts = w1.shape[0]
+    ends_E = routing.counts(num_experts).cumsum(0).to(torch.int32)
+    expert_N = routing.expert_of_pair(num_experts)
+    valid_N1 = (expert_N < num_experts)[:, None]
+    expert_N = expert_N.clamp(max=num_experts - 1)  # pads borrow the last expert's bias and are zeroed below
+    hidden_NF = _grouped_product(x_ND, w1, ends_E, valid_N1) + b1[expert_N]
+    hidden_NF = F.gelu(hidden_NF, approximate="tanh")
+    return torch.where(valid_N1, _grouped_product(hidden_NF, w2, ends_E, valid_N1) + b2[expert_N], 0)
+
+
+def _grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, valid_N1: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix; rows behind the last end are 0 (the operator leaves them unset)."""
+    in_size, out_size = weight_EIO.shape[1:]
+    step = GROUPED_ALIGNMENT_BYTES // x_NI.element_size()
+    in_pad, out_pad = -in_size % step, -out_size % step
+    if in_pad or out_pad:  # the operator wants row strides of 16 bytes; zeros change nothing
+        x_NI, weight_EIO = F.pad(x_NI, (0, in_pad)), F.pad(weight_EIO, (0, out_pad, 0, in_pad))
+    y_NO = grouped_mm(x_NI, weight_EIO, offs=ends_E)
+    return torch.where(valid_N1, y_NO[:, :out_size], 0)

@@ -1,0 +1,178 @@
+"""The contract between routers and experts (design: a system is a router).
+
+A `Router` decides which expert works on which token; a `Routing` is that decision as plain data, and the
+only thing that passes from router to experts.
+
+Shape legend, here and in every file of this package:
+    B samples, T tokens a sample, S = B*T tokens, D width, E experts, F expert hidden width,
+    N routed pairs (rows, pads included), P pools, k tokens an expert takes
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe.config import ModelConfig, MoEConfig, RouterConfig, require
+
+SeededGenerator = Callable[[str], torch.Generator]
+"""Gives the generator of a named parameter, so that its initial value depends on (seed, name) alone."""
+
+
+@dataclass(kw_only=True)
+class Routing:
+    """Token-expert pairs grouped by expert, with what the router reports.
+
+    The row count N is known without asking the device, so that nothing waits for the host. With an int
+    `tokens_per_expert` every expert has that many rows; with a tensor the rows are ragged, and rows behind
+    the last pair are pads: they name token 0 with weight 0 and are neither computed nor combined.
+    """
+
+    token_N: Tensor
+    """int64 token of each pair."""
+    gate_N: Tensor
+    """float32 weight of each pair; differentiable."""
+    tokens_per_expert: int | Tensor
+    """Rows of each expert: an int for all, or int32 (E,)."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalar auxiliary losses, weighted; the trainer adds them to the diffusion loss."""
+    observed: Tensor | None = None
+    """What `Router.update` needs once an optimiser step, for example each expert's quantile (E,)."""
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars for logging."""
+    overflow: Tensor | None = None
+    """bool scalar: more pairs were selected than there were rows; the call must be repeated with more."""
+
+    def counts(self, num_experts: int) -> Tensor:
+        """Return the pairs of each expert, int64 (E,)."""
+        if isinstance(self.tokens_per_expert, int):
+            return torch.full((num_experts,), self.tokens_per_expert, device=self.token_N.device)
+        return self.tokens_per_expert.long()
+
+    def expert_of_pair(self, num_experts: int) -> Tensor:
+        """Return the expert of each row, int64 (N,); E for pads."""
+        ends_E = self.counts(num_experts).cumsum(0)
+        rows_N = torch.arange(self.token_N.numel(), device=self.token_N.device)
+        return torch.searchsorted(ends_E, rows_N, right=True)
+
+    def mask(self, num_tokens: int, num_experts: int) -> Tensor:
+        """Return the pairs as bool (S, E)."""
+        mask_SE = self.token_N.new_zeros(num_tokens, num_experts + 1, dtype=torch.bool)
+        mask_SE[self.token_N, self.expert_of_pair(num_experts)] = True
+        return mask_SE[:, :num_experts]
+
+    def pairs_per_sample(self, num_samples: int, num_tokens: int, num_experts: int) -> Tensor:
+        """Return the pairs of each sample, int64 (B,): divided by T, its capacity."""
+        sample_N = torch.where(self.expert_of_pair(num_experts) < num_experts, self.token_N // num_tokens, num_samples)
+        counts = self.token_N.new_zeros(num_samples + 1)
+        return counts.index_add_(0, sample_N, torch.ones_like(sample_N))[:num_samples]
+
+    @classmethod
+    def from_mask(cls, mask_SE: Tensor, scores_SE: Tensor, *, num_rows: int | None, **reported: object) -> Routing:
+        """Collect the pairs of a bool mask (S, E), by expert and then by token.
+
+        Args:
+            mask_SE: pairs to compute.
+            scores_SE: float32 weights, read at the pairs.
+            num_rows: rows to lay out. None counts them, which waits for the device. Selected pairs beyond
+                `num_rows` set `overflow`: that result is not to be used.
+            reported: other fields of the Routing.
+        """
+        mask_ES = mask_SE.t()
+        counts_E = mask_ES.sum(1, dtype=torch.int32)
+        if num_rows is None:
+            expert_N, token_N = mask_ES.nonzero(as_tuple=True)
+            return cls(token_N=token_N, gate_N=scores_SE[token_N, expert_N], tokens_per_expert=counts_E, **reported)
+        flat = mask_ES.flatten()
+        row = torch.where(flat, flat.cumsum(0) - 1, num_rows).clamp_(max=num_rows)
+        # pair_N[r] is the flat (expert, token) index of row r; the extra last entry swallows everything unselected.
+        pair_N = row.new_zeros(num_rows + 1).scatter_(0, row, torch.arange(flat.numel(), device=flat.device))[:num_rows]
+        num_pairs = counts_E.sum()
+        valid_N = torch.arange(num_rows, device=flat.device) < num_pairs
+        token_N = torch.where(valid_N, pair_N % mask_SE.shape[0], 0)
+        gate_N = scores_SE.t().flatten()[torch.where(valid_N, pair_N, 0)] * valid_N
+        return cls(token_N=token_N, gate_N=gate_N, tokens_per_expert=counts_E, overflow=num_pairs > num_rows,
+                   **reported)
+
+
+class Router(nn.Module, abc.ABC):
+    """Decides which expert works on which token.
+
+    A subclass implements `forward`, and if it needs them `update`, `initialise` and the two checks; options
+    go into a dataclass `Config(RouterConfig)`. It never sees the experts. All of it runs in float32.
+
+    Args:
+        model: the backbone's configuration (width, tokens a sample).
+        moe: this layer's configuration.
+    """
+
+    Config: type[RouterConfig] = RouterConfig
+    backbone_parameters: tuple[str, ...] = ("gate",)
+    """Name prefixes of the parameters that the diffusion loss trains; others stay out of the clipping norm."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.num_experts = moe.num_experts
+        self.capacity = moe.capacity
+        self.gate = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+
+    @abc.abstractmethod
+    def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
+        """Route the tokens of a batch.
+
+        Args:
+            x_BTD: float32 tokens as the experts will see them.
+            row_bound: rows to lay out for a dynamic selection, in units of S; None counts them on the host.
+        """
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Return the float32 affinity of each token to each expert, (S, E), before any softmax."""
+        return F.linear(x_BTD.flatten(0, 1), self.gate.weight)
+
+    def scores(self, x_BTD: Tensor) -> Tensor:
+        """Return the weight that each pair would get, float32 (S, E). Default: softmax over experts."""
+        return self.logits(x_BTD).softmax(-1)
+
+    def update(self, observed: Tensor, num_updates: int) -> None:
+        """Move this router's buffers; called once an optimiser step with `Routing.observed`.
+
+        Args:
+            observed: mean of `Routing.observed` over the step's micro-batches and processes.
+            num_updates: how often it was called before.
+        """
+
+    def initialise(self, generator: SeededGenerator) -> None:
+        """Set the gate to N(0, 0.006), the released code's rule; other linear layers are Xavier-uniform already."""
+        nn.init.normal_(self.gate.weight, std=0.006, generator=generator("gate.weight"))
+
+    @classmethod
+    def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
+        """Raise ConfigError if this router cannot run in this model."""
+
+    @classmethod
+    def check_batch(cls, model: ModelConfig, moe: MoEConfig, batch_size: int) -> None:
+        """Raise ConfigError if this router cannot train on batches of `batch_size` images."""
+
+
+def row_count(row_bound: float | None, num_tokens: int, num_experts: int) -> int | None:
+    """Return the rows of a dynamic selection: `row_bound` times S, at most all pairs; None stays None."""
+    return None if row_bound is None else min(int(row_bound * num_tokens), num_tokens * num_experts)
+
+
+def tokens_an_expert_takes(num_tokens: int, num_experts: int, capacity: float, where: str) -> int:
+    """Return k = floor(S / E * C), DiffMoE's Algorithm 1 and EC alike.
+
+    Raises:
+        ConfigError: when an expert would take no token, or more than there are.
+    """
+    k = int(num_tokens / num_experts * capacity)
+    require(k >= 1, "moe.capacity", capacity,
+            f"{num_experts} experts would take {capacity * num_tokens / num_experts:.3g} tokens each of the {num_tokens} "
+            f"in {where}: use fewer experts or more capacity")
+    require(k <= num_tokens, "moe.capacity", capacity, f"use at most num_experts={num_experts}")
+    return k

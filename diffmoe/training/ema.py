@@ -1,0 +1,35 @@
+"""The moving average of the weights that is sampled from."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from diffmoe.config import EmaBuffers
+
+
+class Ema:
+    """Average a model's parameters: e <- decay * e + (1 - decay) * v, starting from the model itself.
+
+    Args:
+        model: the model that trains; the average is a detached copy of it (`Ema.model`) in eval mode.
+        buffers: COPY takes buffers (thresholds) as they are; AVERAGE averages them too, as the released code
+            does, so that after n steps a threshold still holds decay^n of the zero that it started from.
+    """
+
+    def __init__(self, model: nn.Module, buffers: EmaBuffers = EmaBuffers.COPY) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.buffers = buffers
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Take one step towards `model` (of the same structure)."""
+        averaged, current = list(self.model.parameters()), list(model.parameters())
+        if self.buffers is EmaBuffers.AVERAGE:
+            averaged, current = averaged + list(self.model.buffers()), current + list(model.buffers())
+        else:
+            for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+                copied.copy_(buffer)
+        torch._foreach_lerp_(averaged, [value.detach() for value in current], 1 - decay)

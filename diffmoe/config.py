@@ -11,6 +11,7 @@ the old behaviour therefore changes no digest. Each field has one of three scope
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -21,6 +22,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -380,15 +382,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return simplify(plain)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML file and apply `key.path=value` overrides (values are YAML).
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML files, each laid over the ones before, then `key.path=value` overrides (values are YAML).
 
-    A file may name another with `base: FILE` (relative to itself); its own keys are laid over that one's.
+    A scale's file is a whole run; a system's file replaces what it names, usually `model.moe`.
 
     Raises:
         ConfigError: for anything that cannot be used, with the key and the remedy.
     """
-    data = _read_yaml(Path(path))
+    data: dict[str, Any] = {}
+    for path in paths:
+        data = _merge(data, _read_yaml(Path(path)))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -397,7 +401,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{key}={text}: not a YAML value") from None
-        _set_path(data, key, value)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        data = _merge(data, value)
     return from_dict(RunConfig, data)
 
 
@@ -466,26 +472,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}={value}: use one of {', '.join(hint)}")
         return hint(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
         raise ConfigError(f"{path}={value!r}: write {kind}")
     return value
-
-
-def _set_path(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {parent} is not a mapping in this configuration")
-        data = child
-    data[last] = value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -497,10 +491,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: write a mapping with the keys {_names(RunConfig)}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    return _merge(_read_yaml(path.parent / str(base)), data)
+    return data
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from diffmoe.config import (
     ModelConfig,
     Precision,
     ProcessKind,
+    Sampler,
     SamplingConfig,
     from_dict,
 )
@@ -46,6 +47,9 @@ GUIDANCE_SCALE = 1.5  # of every guided pass in the format
 GUIDED_CHANNELS = 3  # of DiT's forward_with_cfg
 NUM_THRESHOLD_UPDATES = 50  # training forwards before the recorded DiffMoE inference
 BF16_TOLERANCE = 3e-2
+
+SAMPLER_NAMES = {"euler": Sampler.EULER, "torchdiff_euler": Sampler.EULER, "heun": Sampler.HEUN,
+                 "ddim": Sampler.DDIM, "p_sample": Sampler.ANCESTRAL}
 
 Fixture = dict[str, Tensor]
 Quantities = dict[str, Tensor]
@@ -122,8 +126,7 @@ def fixture_config(fixture: Fixture) -> ModelConfig:
                if name.startswith("config/")}
     for ignored in ("seed", "input_draw"):
         entries.pop(ignored, None)
-    moe = {ours: entries.pop(theirs) for theirs, ours in
-           (("num_experts", "num_experts"), ("capacity", "capacity"), ("interleave", "interleave")) if theirs in entries}
+    moe = {name: entries.pop(name) for name in ("num_experts", "capacity", "interleave") if name in entries}
     router = {ours: entries.pop(theirs) for theirs, ours in
               (("aux_loss_alpha", "balance_loss_weight"), ("capacity_pred_loss_weight", "predictor_loss_weight"))
               if theirs in entries}
@@ -294,7 +297,7 @@ def sampler_quantities(fixture: Fixture, device: torch.device, backend: Backend)
         guidance = GUIDANCE_SCALE if variant == "_cfg1.5" and kind == "rf" else 1.0
         # the ODE library takes the number of grid points, one more than steps
         config = SamplingConfig(
-            sampler=from_sampler_name(sampler), num_steps=steps - (sampler == "torchdiff_euler"),
+            sampler=SAMPLER_NAMES[sampler], num_steps=steps - (sampler == "torchdiff_euler"),
             guidance_scale=guidance, ddim_eta=float(variant == "_eta1"), clip_denoised=variant == "_clip")
         predict, start = guided(call, y, model.config.null_label, config), z
         if kind == "ddpm" and variant == "_cfg1.5":
@@ -309,13 +312,6 @@ def sampler_quantities(fixture: Fixture, device: torch.device, backend: Backend)
     found |= {f"ddpm/train/{name}": term for name, term in terms.items()}
     found |= {"ddpm/train/x_t": ddpm.add_noise(x, noise, t), "ddpm/train/loss": loss}
     return found | {f"ddpm/{name}": value for name, value in _gradients(model, loss, "train/grad").items()}
-
-
-def from_sampler_name(name: str) -> str:
-    """Return our name of a sampler in the fixture format."""
-    from diffmoe.config import Sampler
-
-    return Sampler({"torchdiff_euler": "euler", "p_sample": "ancestral"}.get(name, name))
 
 
 def _schedule_quantities(fixture: Fixture) -> Quantities:

@@ -50,7 +50,8 @@ def guided_halves(predict_labels: PredictLabels, x: Tensor, t: Tensor, labels: T
         channels: leading channels to guide.
     """
     output = predict_labels(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null_labels]))
-    return _combine(*output.chunk(2), scale, channels)
+    cond, uncond = output.chunk(2)
+    return _combine(cond, uncond, scale, channels)
 
 
 def _combine(cond: Tensor, uncond: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:

@@ -48,14 +48,14 @@ def ddim(predict: Predict, x: Tensor, schedule: Schedule, step_noise: StepNoise 
          clip: bool) -> Tensor:
     """Take DDIM steps (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16); eta 0 is deterministic.
 
-    With eta > 0 `step_noise` is called for every step but the last.
+    `step_noise` is None at eta 0; else it is called for every step but the last.
     """
     for i, step in enumerate(reversed(range(len(schedule)))):
         x0, eps, _ = _estimate(predict, x, int(schedule.timesteps[step]), schedule.at(step), clip)
         alpha_prev = float(schedule.alphas_cumprod_prev[step])
         sigma = eta * math.sqrt(schedule.posterior_variance[step])
         x = math.sqrt(alpha_prev) * x0 + math.sqrt(1 - alpha_prev - sigma**2) * eps
-        if sigma > 0:
+        if step_noise is not None and step > 0:
             x = x + sigma * step_noise(i)
     return x
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import Backend
-from diffmoe.moe.routing import Routing, SeededGenerator
+from diffmoe.moe.routing import Routing, SeededGenerator, without_autocast
 
 # Public since torch 2.10; the underscored name is the same operator before.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -65,7 +65,7 @@ class ExpertBank(nn.Module):
         dtype = x_SD.dtype
         if torch.is_autocast_enabled(x_SD.device.type):
             dtype = torch.get_autocast_dtype(x_SD.device.type)
-        with torch.autocast(x_SD.device.type, enabled=False):
+        with without_autocast(x_SD.device):
             weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
             y_ND = self._compute(x_SD.to(dtype)[routing.token_N], weights, routing)
             weighted_ND = y_ND * routing.gate_N[:, None].to(torch.promote_types(dtype, routing.gate_N.dtype))

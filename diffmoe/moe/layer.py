@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, resolve_router
 from diffmoe.moe.experts import ExpertBank
-from diffmoe.moe.routing import Router, Routing
+from diffmoe.moe.routing import Router, Routing, without_autocast
 
 
 class MoE(nn.Module):
@@ -38,5 +38,5 @@ class MoE(nn.Module):
 
     def route(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
         """Call the router in float32 (float64 stays), whatever the precision around it."""
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD.device):
             return self.router(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)), row_bound)

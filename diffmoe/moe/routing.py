@@ -11,6 +11,7 @@ Shape legend, here and in every file of this package:
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -159,6 +160,13 @@ class Router(nn.Module, abc.ABC):
         """Raise ConfigError if this router cannot train on batches of `batch_size` images."""
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which tensors keep the dtype that they are given."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, where models are counted
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def row_count(row_bound: float | None, num_tokens: int, num_experts: int) -> int | None:
     """Return the rows of a dynamic selection: `row_bound` times S, at most all pairs; None stays None."""
     return None if row_bound is None else min(int(row_bound * num_tokens), num_tokens * num_experts)
@@ -172,7 +180,7 @@ def tokens_an_expert_takes(num_tokens: int, num_experts: int, capacity: float, w
     """
     k = int(num_tokens / num_experts * capacity)
     require(k >= 1, "moe.capacity", capacity,
-            f"{num_experts} experts would take {capacity * num_tokens / num_experts:.3g} tokens each of the {num_tokens} "
-            f"in {where}: use fewer experts or more capacity")
+            f"{num_experts} experts would take {capacity * num_tokens / num_experts:.3g} tokens each of the "
+            f"{num_tokens} in {where}: use fewer experts or more capacity")
     require(k <= num_tokens, "moe.capacity", capacity, f"use at most num_experts={num_experts}")
     return k

@@ -1,0 +1,1 @@
+"""Sampling a fixed set of seeds, and what is measured of it."""

@@ -1,0 +1,102 @@
+"""What a model holds and what a call activates: parameters by part, three counts, multiply-adds.
+
+Counted on the meta device from the modules themselves, in seconds at any size. Three counts are reported
+(DiffMoE, appendix C), because published numbers differ in which they mean:
+
+    paper   Eq. 40: (dense + C * expert) / (dense + E * expert) x FFN + the rest, where FFN includes routers and
+            predictors
+    strict  what runs on every token counts whole (router, predictor, shared experts), experts by C of E
+    FLOPs   of one network call on one image, by torch's own counter
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffmoe.config import ModelConfig
+from diffmoe.models.dit import DiT
+from diffmoe.moe.routing import Routing
+
+PREDICTOR = ".router.predictor."
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by part; `positions` is a fixed table and in none of them."""
+
+    dense_ffn: int
+    """Feed-forward networks that every token passes, shared experts among them."""
+    experts: int
+    """Routed experts, all E of them."""
+    routers: int
+    """Gates."""
+    predictors: int
+    """Capacity predictors."""
+    rest: int
+    """Attention, adaLN, embeddings, final layer."""
+    num_experts: int
+    """E; 1 for a dense model."""
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.dense_ffn + self.experts + self.routers + self.predictors + self.rest
+
+    @property
+    def total_without_predictors(self) -> int:
+        """What Table 1 prints as total for S and B."""
+        return self.total - self.predictors
+
+    def activated_paper(self, capacity: float) -> float:
+        """Return the paper's average activated parameters (Eq. 40) at a measured capacity C."""
+        per_expert = self.experts / self.num_experts
+        ffn = self.dense_ffn + self.experts
+        share = (self.dense_ffn + capacity * per_expert) / ffn
+        return share * (ffn + self.routers + self.predictors) + self.rest
+
+    def activated_strict(self, capacity: float) -> float:
+        """Return the parameters that work on an average token at a measured capacity C."""
+        return self.total - self.experts + capacity * self.experts / self.num_experts
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count a configuration's parameters by part."""
+    with torch.device("meta"):
+        model = DiT(config)
+    parts = dict.fromkeys(("dense_ffn", "experts", "routers", "predictors", "rest"), 0)
+    for name, parameter in model.named_parameters():
+        part = ("predictors" if PREDICTOR in name else "routers" if ".router." in name else
+                "experts" if ".ffn.experts." in name else "dense_ffn" if ".ffn." in name else "rest")
+        parts[part] += parameter.numel()
+    return ParameterCount(**parts, num_experts=config.moe.num_experts if config.moe else 1)
+
+
+def flops_per_call(config: ModelConfig, capacity: float = 1.0) -> float:
+    """Return the floating-point operations of one call on one image at a measured capacity C.
+
+    A multiply-add counts as two. Products and attention are counted; norms, activations and biases, as is usual,
+    are not.
+    """
+    batch = config.moe.num_experts if config.moe else 1  # so that every expert finds a token
+    with torch.device("meta"):
+        model = DiT(config).eval()
+        inputs = (torch.empty(batch, config.in_channels, config.input_size, config.input_size),
+                  torch.empty(batch), torch.empty(batch, dtype=torch.int64))
+    for layer in model.moe_layers().values():
+        layer.experts = _NoExperts()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs, row_bound=1.0)
+    expert = 4 * config.hidden_size * config.ffn_size  # on one token: two products of D x F
+    routed = capacity * config.num_tokens * expert * len(model.moe_layers())
+    return counter.get_total_flops() / batch + routed
+
+
+class _NoExperts(torch.nn.Module):
+    """Stands for the experts, which `flops_per_call` adds by capacity."""
+
+    def forward(self, x_SD: Tensor, routing: Routing) -> Tensor:
+        return x_SD

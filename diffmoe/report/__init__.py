@@ -1,0 +1,1 @@
+"""Tables, figures and verdicts, made from records and the paper's numbers."""

@@ -1,0 +1,128 @@
+"""Train one system with one seed and draw samples.
+
+    python -m diffmoe.train                                           DiffMoE on handwritten digits
+    python -m diffmoe.train --config diffmoe/configs/digits.yaml --config baselines/configs/dense.yaml
+    python -m diffmoe.train --seed 1 training.num_images=64000        any key of the configuration
+
+Writes into the run's folder: config.yaml, losses.jsonl, ema.safetensors, samples.png (one row a class).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from diffmoe.cli import run_command
+from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
+from diffmoe.data import load_data
+from diffmoe.evaluation.grid import save_grid
+from diffmoe.evaluation.sampling import sample_images
+from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.training.checkpoint import save_weights
+from diffmoe.training.trainer import Trainer, is_finite
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIGS = [CONFIGS / "digits.yaml", CONFIGS / "diffmoe.yaml"]
+LOG_EVERY = 25
+"""Steps between two lines of losses.jsonl; reading losses waits for the device."""
+IMAGES_A_CLASS = 10
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device={name}: no CUDA device here; use cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device={name}: use auto, cpu or cuda") from None
+
+
+def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
+    """Train, write the losses as they come, then the averaged weights and a grid of samples.
+
+    Raises:
+        ConfigError: when the folder cannot be written or the loss is no longer a number.
+    """
+    device = choose_device(config.runtime.device)
+    data = load_data(config.data, config.model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        log = (folder / "losses.jsonl").open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another with --out") from None
+    trainer = Trainer(config, seed, data, device)
+    started = time.perf_counter()
+    with log, tqdm(total=config.training.num_steps, desc=f"{name} seed {seed}", unit="step", mininterval=1.0) as bar:
+        while trainer.step < config.training.num_steps:
+            losses = trainer.train_step()
+            bar.update()
+            if trainer.step % LOG_EVERY == 0 or trainer.step == config.training.num_steps:
+                values = {key: value.item() for key, value in losses.items()}
+                print(json.dumps({"step": trainer.step, "images": trainer.step * config.training.batch_size} | values),
+                      file=log, flush=True)
+                bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
+                if not is_finite(values):
+                    raise ConfigError(f"step {trainer.step}: the loss is {values}; lower training.learning_rate "
+                                      f"(losses so far: {folder / 'losses.jsonl'})")
+    training_s = time.perf_counter() - started
+    description = {"config": to_dict(config), "config_digest": digest(config, scope="training"), "seed": seed,
+                   "data_digest": data.digest, "step": trainer.step}
+    save_weights(folder / "ema.safetensors", trainer.ema.model.state_dict(), description)
+    started = time.perf_counter()
+    classes = config.model.num_classes
+    samples = sample_images(trainer.ema.model, config, range(IMAGES_A_CLASS * classes))
+    by_class = samples.images[torch.argsort(samples.labels, stable=True)]
+    save_grid(folder / "samples.png", by_class, columns=IMAGES_A_CLASS)
+    capacity = "" if samples.capacity is None else f", capacity {samples.capacity.mean().item():.3f}"
+    print(f"{name} seed {seed}: trained {training_s:.0f} s, sampled {len(by_class)} images in "
+          f"{time.perf_counter() - started:.0f} s{capacity}; see {folder}/samples.png")
+
+
+def describe(config: RunConfig) -> str:
+    """Return the resolved configuration with parameters, FLOPs and memory."""
+    count, flops = count_parameters(config.model), flops_per_call(config.model)
+    batch, steps = config.training.batch_size, config.training.num_steps
+    state = 20 * count.total  # bytes: weights, gradients, two moments and the average, 4 each
+    return "\n".join([
+        yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
+        f"# digest: {digest(config, scope='training')} (training), {digest(config)} (with sampling)",
+        f"# parameters: {count.total:,} in all, {count.activated_strict(1.0):,.0f} activated at C = 1",
+        f"# {steps:,} steps of {batch} images, {3 * flops * batch / 1e9:,.1f} GFLOPs each (backward: twice forward)",
+        f"# memory: {state / 2**20:,.1f} MiB for weights, gradients, AdamW and average, and activations on top"])
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m diffmoe.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", type=Path, metavar="FILE",
+                        help="YAML file; repeat it to lay one over another (default: DiffMoE on digits)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="the run's folder (default: under results/<data>/local)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    paths = options.config or DEFAULT_CONFIGS
+    config = load_config(paths, options.overrides)
+    if options.dry_run:
+        print(describe(config))
+        return 0
+    name = paths[-1].stem
+    run = f"{name}-{digest(config, scope='training')}-seed{options.seed}"
+    train(config, options.seed, name, options.out or Path("results") / config.data.name / "local" / run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

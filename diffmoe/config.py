@@ -31,7 +31,10 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the value and the remedy."""
+    """Input that cannot be used; the message is one line that names the key, the value and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
 
 
 INFERENCE = {"scope": "inference"}
@@ -109,7 +112,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "capacity")
-        require(self.shared_experts >= 0, "moe.shared_experts", self.shared_experts, "use 0 or more")
+        require_not_negative(self, "shared_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,7 @@ class TrainingConfig:
         require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")
         require(self.num_images % self.batch_size == 0, "training.num_images", self.num_images,
                 f"make it a multiple of batch_size={self.batch_size}")
-        require(self.warmup_images >= 0, "training.warmup_images", self.warmup_images, "use 0 or more")
+        require_not_negative(self, "warmup_images", "weight_decay")
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm,
                 "use a positive number, or null to switch clipping off")
 
@@ -261,6 +264,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_steps", "batch_size")
+        require_not_negative(self, "guidance_scale")
+        require(0 <= self.ddim_eta <= 1, "sampling.ddim_eta", self.ddim_eta, "use a number in [0, 1]")
         require(self.guided_channels is None or self.guided_channels > 0, "sampling.guided_channels",
                 self.guided_channels, "use a positive number, or null for all channels")
 
@@ -295,6 +300,10 @@ class RunConfig:
                 f"with process {self.diffusion.process} use one of {', '.join(samplers)}")
         require(self.diffusion.process is ProcessKind.FLOW or self.model.learn_sigma, "model.learn_sigma",
                 self.model.learn_sigma, "ddpm needs learn_sigma: true")
+        require(self.sampling.guidance_scale == 1 or self.model.null_label is not None, "sampling.guidance_scale",
+                self.sampling.guidance_scale, "guidance needs a null label: set model.class_dropout_prob above 0")
+        require((self.sampling.guided_channels or 1) <= self.model.in_channels, "sampling.guided_channels",
+                self.sampling.guided_channels, f"the image has {self.model.in_channels} channels; null guides all")
         if self.model.moe is not None:
             resolve_router(self.model.moe.router.kind).check_batch(self.model, self.model.moe, self.training.batch_size)
 
@@ -309,8 +318,18 @@ def require_positive(config: object, *names: str) -> None:
     """Require each named number of `config` to be finite and above 0."""
     for name in names:
         value = getattr(config, name)
-        section = type(config).__name__.removesuffix("Config").lower()
-        require(math.isfinite(value) and value > 0, f"{section}.{name}", value, "use a number above 0")
+        require(math.isfinite(value) and value > 0, f"{_section(config)}.{name}", value, "use a number above 0")
+
+
+def require_not_negative(config: object, *names: str) -> None:
+    """Require each named number of `config` to be finite and 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        require(math.isfinite(value) and value >= 0, f"{_section(config)}.{name}", value, "use 0 or more")
+
+
+def _section(config: object) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
 
 
 BUILT_IN_ROUTERS = {"expert_choice": "diffmoe.moe.expert_choice:ExpertChoice"}
@@ -325,7 +344,7 @@ def resolve_router(kind: str) -> type:
     remedy = f"use one of {', '.join(BUILT_IN_ROUTERS)} or an import string module:Class"
     try:
         router = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"moe.router.kind={kind}: {remedy} ({error})") from None
     require(isinstance(router, type) and issubclass(router, Router), "moe.router.kind", kind, remedy)
     return router
@@ -417,8 +436,10 @@ def digest(config: Any, *, scope: str = "inference") -> str:
     content: dict[str, Any] = {}
     frozen = _frozen_defaults()
 
+    names = {path: name for name, path in BUILT_IN_ROUTERS.items()}  # a built-in may be named or imported
+
     def visit(node: Any, path: str) -> None:
-        section = type(node).__name__ if not isinstance(node, RouterConfig) else node.kind
+        section = names.get(node.kind, node.kind) if isinstance(node, RouterConfig) else type(node).__name__
         for spec in dataclasses.fields(node):
             value = getattr(node, spec.name)
             field_scope = spec.metadata.get("scope", "training")
@@ -428,6 +449,7 @@ def digest(config: Any, *, scope: str = "inference") -> str:
                 visit(value, _join(path, spec.name))
                 continue
             value = value.value if isinstance(value, enum.Enum) else value
+            value = section if spec.name == "kind" else value
             default = spec.default.value if isinstance(spec.default, enum.Enum) else spec.default
             if value != frozen.get(section, {}).get(spec.name, default):
                 content[_join(path, spec.name)] = float(value) if type(value) is int else value
@@ -454,7 +476,7 @@ def _expand_size(data: dict[str, Any], path: str) -> dict[str, Any]:
     if "size" not in data:
         return data
     rest = {key: value for key, value in data.items() if key != "size"}
-    if data["size"] not in SIZES:
+    if data["size"] not in list(SIZES):
         raise ConfigError(f"{_join(path, 'size')}={data['size']}: use one of {', '.join(SIZES)}")
     return SIZES[data["size"]] | rest
 
@@ -484,7 +506,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -494,7 +516,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML, where a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is written twice")
+        return super().construct_mapping(node, deep)
+
+
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    if "kind" in top and top["kind"] != base.get("kind"):  # another router: the options of the former mean nothing
+        return top
+    if "size" in top:
+        base = {key: value for key, value in base.items() if key not in SIZES["S"]}
     both = {key: _merge(base[key], top[key]) for key in base.keys() & top.keys()
             if isinstance(base[key], dict) and isinstance(top[key], dict)}
     return base | top | both

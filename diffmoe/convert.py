@@ -55,8 +55,15 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
         elif rest == DECAY:
             _check_decay(name, value, config)
         else:
-            ours[prefix + _rename(rest, name, BLOCK_RENAMES if prefix else RENAMES)] = value
+            new = prefix + _rename(rest, name, BLOCK_RENAMES if prefix else RENAMES)
+            if new in ours:
+                raise ConfigError(f"{name}: the state holds this tensor under two names")
+            ours[new] = value
     for name, parts in experts.items():
+        shapes = {tuple(part.shape) for part in parts.values()}
+        if sorted(parts) != list(range(len(parts))) or len(shapes) > 1:
+            raise ConfigError(f"{name}: experts {sorted(parts)} of shapes {sorted(shapes)} cannot be packed; "
+                              f"the configuration has {config.moe.num_experts if config.moe else 'no'} experts")
         stacked = torch.stack([parts[index] for index in sorted(parts)])
         ours[name] = stacked.mT.contiguous() if name[-2] == "w" else stacked
     _check_shapes(ours, config)

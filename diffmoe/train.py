@@ -19,7 +19,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from diffmoe.cli import run_command
+from diffmoe.cli import choose_device, run_command
 from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
 from diffmoe.data import load_data
 from diffmoe.evaluation.grid import save_grid
@@ -33,18 +33,6 @@ DEFAULT_CONFIGS = [CONFIGS / "digits.yaml", CONFIGS / "diffmoe.yaml"]
 LOG_EVERY = 25
 """Steps between two lines of losses.jsonl; reading losses waits for the device."""
 IMAGES_A_CLASS = 10
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device={name}: no CUDA device here; use cpu or auto")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"runtime.device={name}: use auto, cpu or cuda") from None
 
 
 def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffmoe.cli import run_command
+from diffmoe.cli import choose_device, run_command
 from diffmoe.config import (
     Backend,
     ConfigError,
@@ -430,6 +430,10 @@ def verify(path: Path, device: torch.device, backend: Backend, precision: Precis
             checks = compare(found, fixture, accelerator=device.type != "cpu")
     except KeyError as error:
         raise ConfigError(f"{path}: the fixture lacks {error.args[0]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # what torch raises for inputs that do not fit
+        raise ConfigError(f"{path}: cannot be computed ({type(error).__name__}: {error})") from None
     if not checks:
         yield f"SKIP {path.name}: nothing to check in {precision}"
         return
@@ -462,10 +466,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=list(Precision), default=Precision.FP32, type=Precision)
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = choose_device(options.device)
     failed = False
     for path in options.fixtures:
         line = ""
-        for line in verify(path, torch.device(options.device), options.backend, options.dtype):
+        for line in verify(path, device, options.backend, options.dtype):
             print(line)
         failed |= line.startswith("FAIL")
     return int(failed)

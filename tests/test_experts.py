@@ -21,7 +21,6 @@ B, T, E = 3, 7, 5
 S = B * T
 D, HIDDEN = 33, 57  # odd: no row is a multiple of 16 bytes
 QUANTITIES = ("y", "x", "gate", "w1", "b1", "w2", "b2")
-TWO_EXPERTS = {"num_experts": 4, "capacity": 2.0}
 
 
 def from_router(name: str, train: bool, row_bound: float | None = None, **changes) -> Routing:
@@ -49,7 +48,7 @@ ROUTINGS = {
     **{f"{name} train": (lambda name=name: from_router(name, True)) for name in ROUTERS},
     **{f"{name} eval": (lambda name=name: from_router(name, False)) for name in ROUTERS},
     **{f"{name} eval bound": (lambda name=name: from_router(name, False, 4.0)) for name in DYNAMIC_ROUTERS},
-    **{f"{name} train C=2": (lambda name=name: from_router(name, True, **TWO_EXPERTS)) for name in ("tc", "race", "ec")},
+    **{f"{name} train C=2": (lambda name=name: from_router(name, True, capacity=2.0)) for name in ("tc", "race", "ec")},
     "odd equal": equal_rows, "odd ragged": ragged, "odd ragged bound": lambda: ragged(S * E),
     "nothing": lambda: Routing.from_mask(torch.zeros(S, E, dtype=torch.bool), rand(S, E), num_rows=None),
     "nothing bound": lambda: Routing.from_mask(torch.zeros(S, E, dtype=torch.bool), rand(S, E), num_rows=6),

@@ -316,7 +316,8 @@ def test_the_balance_loss_and_its_gradient_have_their_closed_form(top_k):
     routing = router(x)
     x_SD = x.flatten(0, 1).double()
     p_SE = (x_SD @ router.gate.weight.detach().double().T).softmax(-1)
-    f_E = E * torch.tensor([sum(e in best(row.tolist(), top_k) for row in p_SE) for e in range(E)]).double() / (S * top_k)
+    assigned_E = [sum(e in best(row.tolist(), top_k) for row in p_SE) for e in range(E)]
+    f_E = E * torch.tensor(assigned_E).double() / (S * top_k)
     assert routing.losses["balance"].item() == pytest.approx(weight * float(f_E @ p_SE.mean(0)), rel=1e-5)
     assert routing.stats["balance"].item() == pytest.approx(float(f_E @ p_SE.mean(0)), rel=1e-5)
     (gradient,) = torch.autograd.grad(routing.losses["balance"], router.gate.weight)

@@ -152,9 +152,8 @@ class DiT(nn.Module):
         for module in (*(block.adaln[1] for block in self.blocks), self.final.adaln[1], self.final.linear):
             nn.init.zeros_(module.weight)
         for index, layer in self.moe_layers().items():
-            for part in (layer.router, layer.experts):
-                part.initialise(lambda name, part=part, index=index: generator(
-                    f"{index}.{type(part).__name__}.{name}"))
+            for part in ("router", "experts"):
+                getattr(layer, part).initialise(lambda name, prefix=f"{index}.{part}": generator(f"{prefix}.{name}"))
         return self
 
 

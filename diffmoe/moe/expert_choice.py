@@ -12,6 +12,7 @@ tokens are taken by gate score, with `selection: predictor` each token passes on
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -167,6 +168,8 @@ class ExpertChoice(Router):
                 "use a number in [0, 1)")
         require(options.predictor_loss_weight >= 0, "moe.router.predictor_loss_weight", options.predictor_loss_weight,
                 "use 0 or more")
+        require(options.global_threshold is None or math.isfinite(options.global_threshold),
+                "moe.router.global_threshold", options.global_threshold, "use a probability, or null for the averages")
         if options.pool is Pool.SAMPLE:
             tokens_an_expert_takes(model.num_tokens, moe.num_experts, moe.capacity, "an image")
 

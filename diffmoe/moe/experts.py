@@ -123,13 +123,22 @@ def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
     expert_N = routing.expert_of_pair(num_experts)
     valid_N1 = (expert_N < num_experts)[:, None]
     expert_N = expert_N.clamp(max=num_experts - 1)  # pads borrow the last expert's bias and are zeroed below
-    hidden_NF = _grouped_product(x_ND, w1, ends_E, valid_N1) + b1[expert_N]
+    hidden_NF = _add_bias(_grouped_product(x_ND, w1, ends_E, valid_N1), b1, expert_N)
     hidden_NF = F.gelu(hidden_NF, approximate="tanh")
-    return torch.where(valid_N1, _grouped_product(hidden_NF, w2, ends_E, valid_N1) + b2[expert_N], 0)
+    return torch.where(valid_N1, _add_bias(_grouped_product(hidden_NF, w2, ends_E, valid_N1), b2, expert_N), 0)
+
+
+def _add_bias(y_NO: Tensor, bias_EO: Tensor, expert_N: Tensor) -> Tensor:
+    """Add each row's bias in float32: the gradient of a bias adds up thousands of rows, too many for bf16."""
+    return (y_NO.float() + bias_EO.float()[expert_N]).to(y_NO.dtype)
 
 
 def _grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, valid_N1: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix; rows behind the last end are 0 (the operator leaves them unset)."""
+    """Multiply each expert's rows by its matrix; rows behind the last end are 0, in the result and in the gradient.
+
+    The operator leaves those rows unset, forward and backward, hence both masks.
+    """
+    x_NI = torch.where(valid_N1, x_NI, 0)
     in_size, out_size = weight_EIO.shape[1:]
     step = GROUPED_ALIGNMENT_BYTES // x_NI.element_size()
     in_pad, out_pad = -in_size % step, -out_size % step

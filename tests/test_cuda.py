@@ -1,0 +1,72 @@
+"""What must hold on a GPU; skipped where there is none."""
+
+import pytest
+import torch
+from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model
+from test_training import SYSTEMS, digits_config
+
+from diffmoe.config import Backend, Precision
+from diffmoe.data import load_data
+from diffmoe.evaluation.sampling import sample_images
+from diffmoe.moe.routing import Routing
+from diffmoe.training.trainer import Trainer
+from diffmoe.verify import verify
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("backend", [Backend.AUTO, Backend.LOOP])
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_recorded_numbers_hold_in_float32(path, backend):
+    *report, verdict = verify(path, CUDA, backend, Precision.FP32)
+    assert verdict.startswith("PASS"), "\n".join(report)
+
+
+@pytest.mark.parametrize("backend", [Backend.AUTO, Backend.LOOP, Backend.GROUPED])
+@pytest.mark.parametrize("path", [path for path in MODEL_FILES if "dense" not in path.stem], ids=lambda path: path.stem)
+def test_recorded_layers_hold_in_bf16(path, backend):
+    *report, verdict = verify(path, CUDA, backend, Precision.BF16)
+    assert verdict.startswith("PASS"), "\n".join(report)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_auto_equals_the_loop_in_bf16_with_gradients(router, train):
+    layer = random_model(router).to(CUDA).train(train).moe_layers()[1]
+    x = rand(5, 16, 32).to(CUDA)
+
+    def measure(backend: Backend, row_bound: float | None) -> list[torch.Tensor]:
+        layer.experts.backend = backend
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y, routing = layer(leaf, row_bound)
+        assert isinstance(routing, Routing)
+        y.backward(rand(*y.shape, seed=1).to(CUDA))
+        gradients = [leaf.grad, *(parameter.grad for parameter in layer.experts.parameters())]
+        layer.zero_grad()
+        return [y.detach(), *gradients]
+
+    for actual, expected in zip(measure(Backend.AUTO, 4.0), measure(Backend.LOOP, None), strict=True):
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_trains_in_bf16_and_samples_as_on_the_cpu(system):
+    config = digits_config(system, "training.precision=bf16", "sampling.num_steps=4",
+                           *(["model.moe.router.selection=predictor"] if system == "diffmoe" else []))
+    trainer = Trainer(config, 0, load_data(config.data, config.model), CUDA)
+    first = trainer.train_step()["mse"].item()
+    for _ in range(39):
+        last = trainer.train_step()["mse"].item()
+    assert last < 0.75 * first
+    fp32 = digits_config(system, "sampling.num_steps=4", *(
+        ["model.moe.router.selection=predictor"] if system == "diffmoe" else []))
+    on_gpu = sample_images(trainer.ema.model, fp32, range(8)).images
+    on_cpu = sample_images(trainer.ema.model.cpu(), fp32, range(8)).images
+    assert (on_gpu.int() - on_cpu.int()).abs().max() <= 2  # of 255

@@ -33,5 +33,5 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     there = torch.cuda.device_count() if kind == "cuda" else int(name == "cpu")
     if not (index or "0").isdigit() or int(index or 0) >= there:
-        raise ConfigError(f"device {name}: not here; use auto or cpu, or a CUDA device below {torch.cuda.device_count()}")
+        raise ConfigError(f"device {name}: not here; use auto, cpu, or cuda below {torch.cuda.device_count()}")
     return torch.device(name)

@@ -368,6 +368,23 @@ def test_a_default_that_moves_keeps_its_digests_when_the_old_one_is_frozen(monke
         assert digest(old) == digest(new)
 
 
+def test_every_default_that_a_digest_leaves_out_is_frozen():
+    frozen = config_module._frozen_defaults()
+
+    def missing(cls, section):
+        for spec in fields(cls):
+            hint = typing.get_type_hints(cls)[spec.name]
+            nested = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+            for part in nested:
+                yield from missing(part, part.__name__)
+            has_default = spec.default is not dataclasses.MISSING
+            if has_default and spec.metadata.get("scope") != "runtime" and spec.name not in frozen.get(section, {}):
+                yield f"{section}.{spec.name}"
+    routers = {options["kind"] for options in ROUTERS.values()}
+    assert [*missing(RunConfig, "RunConfig"),
+            *(name for kind in routers for name in missing(resolve_router(kind).Config, kind))] == []
+
+
 def test_a_router_has_one_digest_whether_it_is_named_or_imported():
     imported = run_config({f"{ROUTER}.kind": config_module.BUILT_IN_ROUTERS["expert_choice"]})
     assert both_digests(imported) == both_digests(BASE)

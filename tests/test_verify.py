@@ -50,7 +50,8 @@ def suggested(name: str, expected: Tensor) -> Tensor | None:
         (r"ddpm/(betas|alphas_cumprod|posterior).*", 1e-12 * size),
         (r"(ddpm/)?train/grad.*", (1e-6 + 1e-4 * size.max()) * same),
         (r"ddpm/train/vb", 1e-5 * size),
-        (r"ddpm/(ddim|p_sample)_10_clip", 3e-5 * same),
+        (r"ddpm/ddim_10_clip", 2e-4 * same),  # suggested: 3e-5, which another machine's rounding exceeds (verify.py)
+        (r"ddpm/p_sample_10_clip", 3e-5 * same),
         (r"ddpm/(ddim|p_sample)_.*", 1e-5 * size.max() * same),
         (r"decay_.*", 1e-6 * same),
         (r"(train|eval|rf|ddpm)/.*", 1e-5 * same)]
@@ -60,17 +61,16 @@ def suggested(name: str, expected: Tensor) -> Tensor | None:
 def perturbed(name: str, expected: Tensor, actual: Tensor, factor: float) -> Tensor:
     """Return `expected` with one entry `factor` times what is allowed away from the computed one.
 
-    Exact quantities move by one (masks flip) when the factor is above 1, and stay otherwise.
+    Exact quantities move by one (masks flip) when the factor is beyond 1, and stay otherwise.
     """
     allowed = suggested(name, expected)
-    result = expected.double().flatten().clone()
-    actual = actual.detach().double().flatten()
+    result, actual = expected.double().flatten().clone(), actual.detach().double().flatten()
     if allowed is None:
-        if factor > 1:
-            result[-1] = 1 - actual[-1] if re.search(r"/(mask|ones)/", name) else actual[-1] + 1
+        if abs(factor) > 1:
+            result[-1] = 1 - actual[-1] if re.search(r"/(mask|ones)/", name) else actual[-1] + np.sign(factor)
         return result.view(expected.shape)
-    # away from the largest entry, which sets the scale; but where each entry has its own scale, at the largest
-    entry = expected.abs().argmax() if "vb" in name or allowed.min() < allowed.max() else expected.abs().argmin()
+    # not the largest entry, which may set the scale of all; but where each entry has its own scale, the largest
+    entry = expected.abs().argmax() if allowed.min() < allowed.max() else expected.abs().argmin()
     result[entry] = actual[entry] + factor * allowed.flatten()[entry]
     return result.view(expected.shape)
 
@@ -102,26 +102,20 @@ def test_every_mixture_passes_in_bf16_with_its_recorded_mask_and_the_rest_is_ski
 # ---------------------------------------------------------------- it can fail
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_each_quantity_fails_alone_just_beyond_its_tolerance(name):
+@pytest.mark.parametrize("name", [path.stem for path in GOLDEN_FILES])
+def test_exactly_the_quantities_that_are_just_beyond_their_tolerance_fail(name):
+    # A group for each value of each binary digit of a quantity's number. For any two quantities some group holds the
+    # first and not the second: each must fail for itself, and none can fail in another's place.
     fixture, found = computed(name)
     names = recorded(fixture)
-    assert names and failures(found, fixture) == set()
-    missed = [key for key in names
-              if failures(found, fixture | {key: perturbed(key, fixture[key], found[key], 1.01)}) != {key}]
-    assert missed == []
-
-
-@pytest.mark.parametrize("name", [f"{name}{seed}" for name in SYSTEMS for seed in ("", "_seed1")])
-def test_all_quantities_pass_just_inside_their_tolerance_and_all_fail_just_beyond(name):
-    fixture, found = computed(name)
-    names = recorded(fixture)
-    for factor, expected in ((0.5, set()), (-0.5, set()), (-1.01, set(names)), (1.01, set(names))):
-        moved = {key: perturbed(key, fixture[key], found[key], factor) for key in names}
-        if factor < 0:
-            moved |= {key: fixture[key] for key in names if factor > -1 and suggested(key, fixture[key]) is None}
-            expected = {key for key in expected if suggested(key, fixture[key]) is not None}
-        assert failures(found, fixture | moved) == expected
+    digits = [(digit, value) for digit in range(len(names).bit_length()) for value in (0, 1)]
+    groups = [{key for number, key in enumerate(names) if number >> digit & 1 == value} for digit, value in digits]
+    for turn, group in enumerate(groups):
+        factor = (1.01, -1.01)[(turn // 2 + turn) % 2]
+        moved = {key: perturbed(key, fixture[key], found[key], factor) for key in group}
+        assert failures(found, fixture | moved) == group, factor
+    for factor in (0.5, -0.5):
+        assert failures(found, {key: perturbed(key, fixture[key], found[key], factor) for key in names}) == set()
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

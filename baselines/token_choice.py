@@ -52,6 +52,11 @@ class TokenChoice(Router):
         nn.init.uniform_(self.gate.weight, -bound, bound, generator=generator("gate.weight"))
 
     @classmethod
+    def pool_images(cls, moe: MoEConfig, batch_size: int) -> int:
+        """Return 1: selection is the token's own, and the balance loss is averaged over micro-batches, as is usual."""
+        return 1
+
+    @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
         """Require a whole number of experts a token."""
         require(moe.capacity == int(moe.capacity) and 1 <= moe.capacity <= moe.num_experts, "moe.capacity",

@@ -6,20 +6,48 @@ import sys
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from diffmoe.config import ConfigError
+from diffmoe.training.run import Interrupted
 
 
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Call `main` with the command line's arguments and return the exit code.
 
-    A ConfigError (any input that cannot be used) becomes one line on stderr and exit code 2.
+    A ConfigError (any input that cannot be used) becomes one line on stderr and exit code 2; a signal that a run
+    answered by saving itself, 128 and its number.
     """
     try:
         return main(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print("stopped, with the state saved; the same command goes on", file=sys.stderr)
+        return 0 if stop.signum is None else 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+
+
+class TrainingBar:
+    """A progress bar that names the run, the step, the losses and the time left."""
+
+    def __init__(self, name: str, num_steps: int, *, enabled: bool = True) -> None:
+        self.bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=1.0, disable=not enabled)
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, step: int, losses: dict[str, float]) -> None:
+        """Show a run that has made `step` steps."""
+        if self.bar.n == 0 and step > 1:  # gone on from a checkpoint: the speed is that of this process
+            self.bar.initial = step
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
 
 
 def choose_device(name: str) -> torch.device:

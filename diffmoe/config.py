@@ -72,10 +72,11 @@ class EmaBuffers(enum.StrEnum):
 
 
 class Precision(enum.StrEnum):
-    """Arithmetic of the backbone and the experts; routing is float32 in both."""
+    """Arithmetic of the backbone and the experts; routing is float32 in fp32 and bf16."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP64 = "fp64"
 
 
 class Backend(enum.StrEnum):
@@ -193,10 +194,20 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The training images."""
+    """The training images, held in memory. Where they lie is no part of a digest: the data's own digest names them."""
 
     name: str
-    """`digits`: scikit-learn's handwritten digits."""
+    """`digits`: scikit-learn's handwritten digits. `cifar10`: from `path`, or downloaded. `folder`: an image folder.
+    `idx`: MNIST's or Fashion-MNIST's files."""
+    path: str | None = field(default=None, metadata=RUNTIME)
+    """Folder of the data. cifar10 and folder: one folder of images a class. idx: train-images-idx3-ubyte(.gz) and
+    train-labels-idx1-ubyte(.gz). null: cifar10 is downloaded."""
+    cache: str | None = field(default=None, metadata=RUNTIME)
+    """Folder of downloads; null: $XDG_CACHE_HOME/diffmoe or ~/.cache/diffmoe."""
+    horizontal_flip: bool = False
+    """Mirror half of the training images at random, anew each epoch; the reference set stays as it is."""
+    resize: bool = False
+    """Scale and crop images of another size than model.input_size (ADM's centre crop) instead of refusing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +231,7 @@ class TrainingConfig:
     ema_buffers: EmaBuffers = EmaBuffers.COPY
     """`average` is the authors' rule: it pulls thresholds towards the zero that they start from."""
     precision: Precision = Precision.FP32
-    """bf16: autocast of everything but routing, norms and the residual stream."""
+    """bf16: autocast of everything but routing, norms and the residual stream. fp64: to compare runs exactly."""
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")
@@ -271,6 +282,25 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How the samples are measured."""
+
+    extractor: str = field(default="inception-v3-compat", metadata=INFERENCE)
+    """Feature extractor; its name goes into the distance's. Only Inception's is called FID."""
+    num_samples: int = field(default=50_000, metadata=INFERENCE)
+    """Images drawn, seeds 0 to num_samples - 1."""
+    kid_subset_size: int = field(default=1000, metadata=INFERENCE)
+    """Images of one kernel-distance subset; at most num_samples."""
+    extractor_weights: str | None = field(default=None, metadata=RUNTIME)
+    """File of the extractor's weights where they cannot be downloaded."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_samples", "kid_subset_size")
+        require(self.kid_subset_size <= self.num_samples, "evaluation.kid_subset_size", self.kid_subset_size,
+                f"use at most num_samples={self.num_samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Where and how fast; nothing here changes a result beyond rounding."""
 
@@ -280,6 +310,12 @@ class RuntimeConfig:
     """Expert backend."""
     compile: bool = field(default=False, metadata=RUNTIME)
     """torch.compile of the network."""
+    micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
+    """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
+
+    def __post_init__(self) -> None:
+        require(self.micro_batch_size is None or self.micro_batch_size >= 1, "runtime.micro_batch_size",
+                self.micro_batch_size, "use 1 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +327,7 @@ class RunConfig:
     training: TrainingConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:

@@ -5,75 +5,53 @@
     python -m diffmoe.train --seed 1 training.num_images=64000        any key of the configuration
 
 Writes into the run's folder: config.yaml, losses.jsonl, ema.safetensors, samples.png (one row a class).
+Interrupted, the same command goes on. Several GPUs: torchrun --nproc-per-node N -m diffmoe.train ...
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 import yaml
-from tqdm import tqdm
 
-from diffmoe.cli import choose_device, run_command
-from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
+from diffmoe.cli import TrainingBar, choose_device, run_command
+from diffmoe.config import RunConfig, digest, load_config, to_dict
 from diffmoe.data import load_data
 from diffmoe.evaluation.grid import save_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
-from diffmoe.training.checkpoint import save_weights
-from diffmoe.training.trainer import Trainer, is_finite
+from diffmoe.training.distributed import join_world
+from diffmoe.training.run import train_run
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIGS = [CONFIGS / "digits.yaml", CONFIGS / "diffmoe.yaml"]
-LOG_EVERY = 25
-"""Steps between two lines of losses.jsonl; reading losses waits for the device."""
 IMAGES_A_CLASS = 10
 
 
 def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
-    """Train, write the losses as they come, then the averaged weights and a grid of samples.
+    """Train in `folder`, going on where an earlier call stopped, then draw a grid of samples.
 
     Raises:
-        ConfigError: when the folder cannot be written or the loss is no longer a number.
+        ConfigError: when something cannot be used.
+        Interrupted: after a signal; the same command goes on.
     """
     device = choose_device(config.runtime.device)
-    data = load_data(config.data, config.model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        log = (folder / "losses.jsonl").open("w")
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another with --out") from None
-    trainer = Trainer(config, seed, data, device)
+    with join_world(device) as world:
+        data = load_data(config.data, config.model)
+        with TrainingBar(f"{name} seed {seed}", config.training.num_steps, enabled=world.is_main) as bar:
+            run = train_run(config, seed, data, folder, device, world=world, progress=bar.update)
+        if not world.is_main:
+            return
     started = time.perf_counter()
-    with log, tqdm(total=config.training.num_steps, desc=f"{name} seed {seed}", unit="step", mininterval=1.0) as bar:
-        while trainer.step < config.training.num_steps:
-            losses = trainer.train_step()
-            bar.update()
-            if trainer.step % LOG_EVERY == 0 or trainer.step == config.training.num_steps:
-                values = {key: value.item() for key, value in losses.items()}
-                print(json.dumps({"step": trainer.step, "images": trainer.step * config.training.batch_size} | values),
-                      file=log, flush=True)
-                bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
-                if not is_finite(values):
-                    raise ConfigError(f"step {trainer.step}: the loss is {values}; lower training.learning_rate "
-                                      f"(losses so far: {folder / 'losses.jsonl'})")
-    training_s = time.perf_counter() - started
-    description = {"config": to_dict(config), "config_digest": digest(config, scope="training"), "seed": seed,
-                   "data_digest": data.digest, "step": trainer.step}
-    save_weights(folder / "ema.safetensors", trainer.ema.model.state_dict(), description)
-    started = time.perf_counter()
-    classes = config.model.num_classes
-    samples = sample_images(trainer.ema.model, config, range(IMAGES_A_CLASS * classes))
+    samples = sample_images(run.load_average(config, device), config, range(IMAGES_A_CLASS * config.model.num_classes))
     by_class = samples.images[torch.argsort(samples.labels, stable=True)]
     save_grid(folder / "samples.png", by_class, columns=IMAGES_A_CLASS)
     capacity = "" if samples.capacity is None else f", capacity {samples.capacity.mean().item():.3f}"
-    print(f"{name} seed {seed}: trained {training_s:.0f} s, sampled {len(by_class)} images in "
+    print(f"{name} seed {seed}: trained {run.description['seconds']:.0f} s, sampled {len(by_class)} images in "
           f"{time.perf_counter() - started:.0f} s{capacity}; see {folder}/samples.png")
 
 

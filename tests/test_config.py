@@ -247,17 +247,20 @@ TRAINING_CHANGES = {
     "model.learn_sigma": False, "model.moe.num_experts": 8, "model.moe.capacity": 2, "model.moe.interleave": False,
     "model.moe.shared_experts": 1, f"{ROUTER}.pool": "sample", f"{ROUTER}.pool_images": 2,
     f"{ROUTER}.predictor_loss_weight": 0.01, f"{ROUTER}.threshold_decay": 0.9, f"{ROUTER}.threshold_debias": True,
-    "data.name": "cifar10", "training.batch_size": 8, "training.num_images": 80, "training.learning_rate": 1e-3,
-    "training.weight_decay": 0.1, "training.warmup_images": 4, "training.clip_norm": 1.0,
-    "training.ema_half_life_images": 100, "training.ema_buffers": "average", "training.precision": "bf16",
+    "data.name": "cifar10", "data.horizontal_flip": True, "training.batch_size": 8, "training.num_images": 80,
+    "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
+    "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_buffers": "average",
+    "training.precision": "bf16",
 }
 INFERENCE_CHANGES = {
     "sampling.sampler": "heun", "sampling.num_steps": 10, "sampling.batch_size": 7, "sampling.guidance_scale": 1.5,
     "sampling.guided_channels": 3, "sampling.guided_forward": "joint", "sampling.ddim_eta": 1,
     "sampling.clip_denoised": True, f"{ROUTER}.inference": "static", f"{ROUTER}.selection": "predictor",
-    f"{ROUTER}.global_threshold": 0.5,
+    f"{ROUTER}.global_threshold": 0.5, "evaluation.extractor": "digits64", "evaluation.num_samples": 2000,
+    "evaluation.kid_subset_size": 100,
 }
-RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True}
+RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
+                   "runtime.micro_batch_size": 4, "evaluation.extractor_weights": "weights.safetensors"}
 CHANGES = [  # (changed keys, the training digest changes, the inference digest changes)
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),
     ({f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"}, True, True),

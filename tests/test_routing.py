@@ -157,6 +157,19 @@ def test_predictor_selection_takes_the_tokens_that_pass_the_threshold(name):
     assert torch.equal(router(x).mask(S, E), passes)
 
 
+def test_a_token_on_the_threshold_does_not_pass():
+    x = tokens()
+    for name, values in (("diffmoe_predictor", lambda router: router.probabilities(x)),
+                         ("race", lambda router: router.scores(x)[:, :1])):
+        router = random_router(name).eval()
+        on = values(router)[7]
+        router.threshold.copy_(on)
+        mask_SE = router(x).mask(S, E)
+        assert not mask_SE[7, : len(on)].any() and mask_SE.any()
+        router.threshold.copy_(on - 1e-5)
+        assert router(x).mask(S, E)[7, : len(on)].all()
+
+
 @pytest.mark.parametrize("name", ["diffmoe", "diffmoe_predictor", "ec_dynamic"])
 @pytest.mark.parametrize(("threshold", "share"), [(0.0, 1), (1.0, 0)])
 def test_a_global_threshold_of_zero_takes_every_pair_and_of_one_none(name, threshold, share):

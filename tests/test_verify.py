@@ -69,8 +69,8 @@ def perturbed(name: str, expected: Tensor, actual: Tensor, factor: float) -> Ten
         if abs(factor) > 1:
             result[-1] = 1 - actual[-1] if re.search(r"/(mask|ones)/", name) else actual[-1] + np.sign(factor)
         return result.view(expected.shape)
-    # not the largest entry, which may set the scale of all; but where each entry has its own scale, the largest
-    entry = expected.abs().argmax() if allowed.min() < allowed.max() else expected.abs().argmin()
+    size = expected.double().abs().flatten()  # the smallest entry but zero: the largest may set the scale of all
+    entry = torch.where(size > 0, size, torch.inf).argmin()
     result[entry] = actual[entry] + factor * allowed.flatten()[entry]
     return result.view(expected.shape)
 

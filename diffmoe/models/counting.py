@@ -40,6 +40,8 @@ class ParameterCount:
     """Attention, adaLN, embeddings, final layer."""
     num_experts: int
     """E; 1 for a dense model."""
+    predictors_work: bool
+    """Whether inference asks the predictors; static inference does not."""
 
     @property
     def total(self) -> int:
@@ -60,7 +62,8 @@ class ParameterCount:
 
     def activated_strict(self, capacity: float) -> float:
         """Return the parameters that work on an average token at a measured capacity C."""
-        return self.total - self.experts + capacity * self.experts / self.num_experts
+        idle = 0 if self.predictors_work else self.predictors
+        return self.total - idle - self.experts + capacity * self.experts / self.num_experts
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -72,7 +75,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         part = ("predictors" if PREDICTOR in name else "routers" if ".router." in name else
                 "experts" if ".ffn.experts." in name else "dense_ffn" if ".ffn." in name else "rest")
         parts[part] += parameter.numel()
-    return ParameterCount(**parts, num_experts=config.moe.num_experts if config.moe else 1)
+    inference = getattr(config.moe.router, "inference", None) if config.moe else None
+    return ParameterCount(**parts, num_experts=config.moe.num_experts if config.moe else 1,
+                          predictors_work=inference != "static")
 
 
 def flops_per_call(config: ModelConfig, capacity: float = 1.0) -> float:

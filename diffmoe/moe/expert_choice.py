@@ -155,6 +155,11 @@ class ExpertChoice(Router):
         return torch.zeros_like(taken_PnE).scatter_(1, order_PnE, taken_PnE).flatten(0, 1)
 
     @classmethod
+    def pool_images(cls, moe: MoEConfig, batch_size: int) -> int:
+        """Return the images of a training pool."""
+        return 1 if moe.router.pool is Pool.SAMPLE else moe.router.pool_images or batch_size
+
+    @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
         """Require a predictor for dynamic inference, sane numbers, and a token for each expert of an image's pool."""
         options: ExpertChoiceConfig = moe.router
@@ -178,7 +183,7 @@ class ExpertChoice(Router):
         """Require whole pools with a token for each expert."""
         options: ExpertChoiceConfig = moe.router
         if options.pool is Pool.BATCH:
-            images = options.pool_images or batch_size
+            images = cls.pool_images(moe, batch_size)
             require(batch_size % images == 0, "moe.router.pool_images", images,
                     f"make training.batch_size={batch_size} a multiple of it")
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")

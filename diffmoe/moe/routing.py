@@ -97,7 +97,9 @@ class Routing:
         valid_N = torch.arange(num_rows, device=flat.device) < num_pairs
         token_N = torch.where(valid_N, pair_N % mask_SE.shape[0], 0)
         gate_N = scores_SE.t().flatten()[torch.where(valid_N, pair_N, 0)] * valid_N
-        return cls(token_N=token_N, gate_N=gate_N, tokens_per_expert=counts_E, overflow=num_pairs > num_rows,
+        # In an overflow the last experts lose rows, so that no backend reads behind the end.
+        laid_out_E = counts_E.cumsum(0).clamp(max=num_rows).diff(prepend=counts_E.new_zeros(1)).to(torch.int32)
+        return cls(token_N=token_N, gate_N=gate_N, tokens_per_expert=laid_out_E, overflow=num_pairs > num_rows,
                    **reported)
 
 
@@ -150,6 +152,11 @@ class Router(nn.Module, abc.ABC):
     def initialise(self, generator: SeededGenerator) -> None:
         """Set the gate to N(0, 0.006), the released code's rule; other linear layers are Xavier-uniform already."""
         nn.init.normal_(self.gate.weight, std=0.006, generator=generator("gate.weight"))
+
+    @classmethod
+    def pool_images(cls, moe: MoEConfig, batch_size: int) -> int:
+        """Return how many images the training rule must see together. Default: the whole batch."""
+        return batch_size
 
     @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:

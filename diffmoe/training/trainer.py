@@ -1,37 +1,43 @@
 """The one trainer: diffusion loss plus the routers' losses, AdamW, a weight average.
 
-What step n computes depends on (config, seed, n) alone: the images, noise, times and dropped labels are those of
-the whole batch, of which a process takes its share.
+What step n computes depends on (config, seed, n) alone: images, noise, times and dropped labels are those of the
+whole batch, of which a process takes its share, in one or several micro-batches.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from diffmoe.config import Precision, RunConfig
+from diffmoe.config import Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageData, ImageOrder
 from diffmoe.data.images import seeded_generator, to_model_range
 from diffmoe.diffusion import build_process
 from diffmoe.models.dit import ModelOutput, build_model
+from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's inputs, B rows each."""
+    """Inputs of a step or a part of it, B rows each."""
 
     images: Tensor
-    """float32 (B, C, H, W) in [-1, 1]."""
+    """(B, C, H, W) in [-1, 1]."""
     labels: Tensor
     """int64 (B,), the null label where dropped."""
     noise: Tensor
-    """float32 like `images`."""
+    """Like `images`."""
     times: Tensor
     """As the process draws them."""
+
+    def rows(self, part: slice) -> Batch:
+        """Return some of the rows."""
+        return Batch(self.images[part], self.labels[part], self.noise[part], self.times[part])
 
 
 class Trainer:
@@ -42,17 +48,27 @@ class Trainer:
         seed: of the initial weights, the order of images and every draw.
         data: the images; moved to `device` whole.
         device: where to train.
+        world: this process among all that train together.
+
+    Raises:
+        ConfigError: when the batch does not divide over processes and micro-batches, or a pool would be cut.
     """
 
-    def __init__(self, config: RunConfig, seed: int, data: ImageData, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, seed: int, data: ImageData, device: torch.device,
+                 world: World = ALONE) -> None:
         self.config = config
         self.seed = seed
         self.device = device
+        self.world = world
+        self.micro_batch = micro_batch_size(config, world)
         self.data = data.to(device)
         self.order = ImageOrder(len(data.images), seed)
         self.process = build_process(config.diffusion)
-        self.model = build_model(config.model, seed).to(device).train().set_backend(config.runtime.backend)
-        self.network = torch.compile(self.model) if config.runtime.compile else self.model
+        self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
+        self.model = build_model(config.model, seed).to(device, self.dtype).train()
+        self.model.set_backend(config.runtime.backend)
+        network = torch.compile(self.model) if config.runtime.compile else self.model
+        self.network = network if world.size == 1 else DistributedDataParallel(network, broadcast_buffers=False)
         self.ema = Ema(self.model, config.training.ema_buffers)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
@@ -62,7 +78,7 @@ class Trainer:
         self.step = 0
 
     def batch(self, step: int) -> Batch:
-        """Draw the inputs of optimiser step `step` (from 0)."""
+        """Draw the inputs of optimiser step `step` (from 0), of all processes together."""
         training, model = self.config.training, self.config.model
         index = self.order.indices(step * training.batch_size, training.batch_size).to(self.device)
         generator = seeded_generator("step", self.seed, step, device=self.device)
@@ -73,7 +89,10 @@ class Trainer:
         if model.null_label is not None:
             dropped = torch.rand(labels.shape, generator=generator, device=self.device) < model.class_dropout_prob
             labels = torch.where(dropped, model.null_label, labels)
-        return Batch(images, labels, noise, times)
+        if self.config.data.horizontal_flip:
+            flipped = torch.rand(labels.shape, generator=generator, device=self.device) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return Batch(images.to(self.dtype), labels, noise.to(self.dtype), times)
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], ModelOutput]:
         """Return the named scalar losses whose sum is minimised, and the network's output."""
@@ -81,7 +100,7 @@ class Trainer:
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             seen.append(self.network(x, t, batch.labels))
-            return seen[0].prediction.float()
+            return seen[0].prediction.to(self.dtype)
 
         bf16 = self.config.training.precision is Precision.BF16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -89,22 +108,54 @@ class Trainer:
         return {name: term.mean() for name, term in terms.items()} | seen[0].losses(), seen[0]
 
     def train_step(self) -> dict[str, Tensor]:
-        """Make one optimiser step and return its losses, detached and still on the device."""
+        """Make one optimiser step; return its losses, this process's mean, detached and still on the device."""
         training = self.config.training
-        losses, output = self.losses(self.batch(self.step))
+        batch = self.batch(self.step).rows(self.world.share(training.batch_size))
+        num_parts = len(batch.images) // self.micro_batch
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        total: dict[str, Tensor] = {}
+        observed: list[Tensor] = []
+        for part in range(num_parts):
+            rows = batch.rows(slice(part * self.micro_batch, (part + 1) * self.micro_batch))
+            losses, output = self.losses(rows)
+            (sum(losses.values()) / num_parts).backward()
+            _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
+            seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
+            observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate * self._warmup_factor()
         self.optimizer.step()
-        observed = [routing.observed for routing in output.routings if routing.observed is not None]
         if observed:
-            self.model.update_routers(observed, self.step)
+            self.model.update_routers(self.world.mean(observed), self.step)
         self.ema.update(self.model, training.ema_decay)
         self.step += 1
-        return {name: loss.detach() for name, loss in losses.items()}
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser."""
+        moments = self.optimizer.state_dict()["state"]
+        named = {f"optimizer.{index}.{name}": torch.as_tensor(value)
+                 for index, values in moments.items() for name, value in values.items()}
+        models = {"model": self.model, "ema": self.ema.model}
+        return named | {f"{key}.{name}": value for key, model in models.items()
+                        for name, value in model.state_dict().items()}
+
+    def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on from what `state` returned after `step` steps."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, value in state.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.model.load_state_dict(parts["model"])
+        self.ema.model.load_state_dict(parts["ema"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, moment = name.partition(".")
+            moments.setdefault(int(index), {})[moment] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.step = step
 
     def _warmup_factor(self) -> float:
         warmup = self.config.training.warmup_images
@@ -112,6 +163,27 @@ class Trainer:
         return 1.0 if warmup == 0 else min(1.0, seen / warmup)
 
 
-def is_finite(losses: dict[str, float]) -> bool:
-    """Say whether every loss is a number."""
-    return all(math.isfinite(value) for value in losses.values())
+def micro_batch_size(config: RunConfig, world: World) -> int:
+    """Return the images of one forward: this process's share, or `runtime.micro_batch_size` of it at a time.
+
+    Raises:
+        ConfigError: when it does not divide, or would cut the pool that the router's rule spans.
+    """
+    batch = config.training.batch_size
+    require(batch % world.size == 0, "training.batch_size", batch, f"make it a multiple of {world.size} processes")
+    local = batch // world.size
+    micro = config.runtime.micro_batch_size or local
+    require(local % micro == 0, "runtime.micro_batch_size", micro,
+            f"make it a divisor of the {local} images that a process has of a batch")
+    if config.model.moe is not None:
+        pool = resolve_router(config.model.moe.router.kind).pool_images(config.model.moe, batch)
+        require(micro % pool == 0, "runtime.micro_batch_size", micro,
+                f"the router's pool spans {pool} images, which smaller micro-batches would cut: use a multiple of "
+                f"{pool}, or make a smaller pool (moe.router.pool_images) part of the method")
+    return micro
+
+
+def _add(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+

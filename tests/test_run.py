@@ -1,0 +1,159 @@
+"""Runs that are interrupted, gone on with, shared and refused; several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_training import CPU, digits_config
+
+from diffmoe.config import ConfigError, to_dict
+from diffmoe.data import load_data
+from diffmoe.training.checkpoint import load_weights, locked
+from diffmoe.training.distributed import ALONE, World
+from diffmoe.training.run import Interrupted, train_run
+from diffmoe.training.trainer import Trainer
+
+SMALL = ["training.num_images=960"]  # 60 steps of 16
+
+
+def train(folder, config=None, seed=0, **options):
+    config = config or digits_config("diffmoe", *SMALL)
+    return train_run(config, seed, load_data(config.data, config.model), folder, CPU, **options)
+
+
+def outcome(run):
+    return run.losses(), load_weights(run.folder / "ema.safetensors")[0]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", deadline=time.monotonic())
+    assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
+    assert load_weights(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 1
+    assert_same(outcome(train(tmp_path / "parts")), outcome(whole))
+    assert not (tmp_path / "parts" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number):
+    config = tmp_path / "run"
+    arguments = [sys.executable, "-m", "diffmoe.train", "--out", config, "training.batch_size=16",
+                 "training.num_images=6400000"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (config / "losses.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == "stopped, with the state saved; the same command goes on"
+    assert load_weights(config / "checkpoint.safetensors")[1]["step"] >= 1
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_forgets_later_log_lines(tmp_path):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "killed", deadline=time.monotonic())
+    with (tmp_path / "killed" / "losses.jsonl").open("a") as log:  # what a killed process wrote after its last save
+        log.write('{"step": 50, "images": 800, "mse": 0.1, "predictor": 0.1}\n')
+    assert_same(outcome(train(tmp_path / "killed")), outcome(whole))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = train(tmp_path)
+    written = (tmp_path / "ema.safetensors").stat().st_mtime_ns
+    assert train(tmp_path).description == first.description
+    assert (tmp_path / "ema.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"config": digits_config("dense", *SMALL)}])
+def test_the_folder_of_another_run_is_refused(tmp_path, other):
+    train(tmp_path)
+    with pytest.raises(ConfigError, match="of another run"):
+        train(tmp_path, **other)
+
+
+def test_a_folder_in_use_is_refused_and_names_the_process(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} is working"):
+        train(tmp_path)
+    train(tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_the_log_stays(tmp_path):
+    with pytest.raises(ConfigError, match=r"step \d+: the loss is .*nan"):
+        train(tmp_path, digits_config("dense", *SMALL, "training.learning_rate=1e30"))
+    assert not (tmp_path / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize(("system", "size", "works"), [
+    ("dense", 4, True), ("expert_choice", 4, True), ("token_choice", 4, True), ("diffmoe", 4, False),
+    ("expert_race", 8, False), ("dense", 5, False)])
+def test_micro_batches_may_not_cut_a_pool(system, size, works):
+    config = digits_config(system, f"runtime.micro_batch_size={size}")
+    data = load_data(config.data, config.model)
+    if works:
+        assert Trainer(config, 0, data, CPU).micro_batch == size
+    else:
+        with pytest.raises(ConfigError, match=rf"micro_batch_size={size}: .*16"):
+            Trainer(config, 0, data, CPU)
+
+
+def test_a_process_count_may_not_cut_a_pool():
+    config = digits_config("diffmoe")
+    with pytest.raises(ConfigError, match=r"=8: .*pool spans 16 images"):
+        Trainer(config, 0, load_data(config.data, config.model), CPU, World(0, 2))
+
+
+@pytest.mark.parametrize("system", ["dense", "expert_choice"])
+def test_accumulation_does_not_change_the_result(system):
+    def losses(*overrides):
+        return some_losses(digits_config(system, "training.precision=fp64", *overrides))
+
+    assert losses("runtime.micro_batch_size=4") == pytest.approx(losses(), rel=1e-10)
+
+
+WORKER = """
+import json, sys
+import torch
+from diffmoe.config import load_config
+from test_run import some_losses
+from diffmoe.training.distributed import join_world
+torch.set_num_threads(1)
+with join_world(torch.device("cpu")) as world:
+    losses = [some_losses(load_config([path]), world) for path in sys.argv[1:]]
+    if world.is_main:
+        print(json.dumps(losses))
+"""
+
+
+def some_losses(config, world=ALONE):
+    trainer = Trainer(config, 0, load_data(config.data, config.model), CPU, world)
+    return [world.mean([trainer.train_step()["mse"]])[0].item() for _ in range(8)]
+
+
+def test_two_processes_equal_one_in_float64(tmp_path):
+    configs = [digits_config(system, "training.precision=fp64") for system in ("dense", "expert_choice")]
+    paths = [tmp_path / f"{index}.yaml" for index in range(len(configs))]
+    for path, config in zip(paths, configs, strict=True):
+        path.write_text(yaml.safe_dump(to_dict(config)))
+    (tmp_path / "worker.py").write_text(WORKER)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "worker.py",
+         *paths], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])})
+    for config, losses in zip(configs, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        assert losses == pytest.approx(some_losses(config), rel=1e-10)

@@ -247,7 +247,8 @@ TRAINING_CHANGES = {
     "model.learn_sigma": False, "model.moe.num_experts": 8, "model.moe.capacity": 2, "model.moe.interleave": False,
     "model.moe.shared_experts": 1, f"{ROUTER}.pool": "sample", f"{ROUTER}.pool_images": 2,
     f"{ROUTER}.predictor_loss_weight": 0.01, f"{ROUTER}.threshold_decay": 0.9, f"{ROUTER}.threshold_debias": True,
-    "data.name": "cifar10", "data.horizontal_flip": True, "training.batch_size": 8, "training.num_images": 80,
+    "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
+    "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
     "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_buffers": "average",
     "training.precision": "bf16",
@@ -260,7 +261,8 @@ INFERENCE_CHANGES = {
     "evaluation.kid_subset_size": 100,
 }
 RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
-                   "runtime.micro_batch_size": 4, "evaluation.extractor_weights": "weights.safetensors"}
+                   "runtime.micro_batch_size": 4,
+                   "data.path": "images", "data.cache": "cache", "evaluation.extractor_weights": "weights.safetensors"}
 CHANGES = [  # (changed keys, the training digest changes, the inference digest changes)
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),
     ({f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"}, True, True),

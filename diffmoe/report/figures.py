@@ -1,0 +1,309 @@
+"""The figures, from records alone. Each is a tidy frame (written beside it as CSV) and a function that draws it.
+
+One colour a system, one marker a row. Error bars and bands are the sd over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from diffmoe.records import Record
+from diffmoe.report.table import group_rows
+
+SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffmoe": "DiffMoE",
+           "expert_race": "Expert Race"}
+COLOURS = dict(zip(SYSTEMS, ("#5b5b5b", "#de8f05", "#0173b2", "#d1332e", "#029e73"), strict=True))
+OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
+"""For systems that a user adds, in alphabetical order."""
+MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
+SWEPT = "threshold swept"
+DPI = 150
+MOST_NAMED_CLASSES = 20
+
+
+def points_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one line a record, and one a threshold of its sweep (`threshold` is empty for the record's own point)."""
+    lines = []
+    for record in (record for rows in group_rows(records).values() for record in rows):
+        own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"]}
+        for point in (own, *record.threshold_sweep):
+            lines.append(_keys(record) | {"training_digest": record.training_digest} | {
+                key: point[key] for key in ("threshold", "capacity", "activated_params", "distance")})
+    return pd.DataFrame(lines)
+
+
+def losses_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the diffusion loss of each training run once, though several rows may share it."""
+    runs = {(record.training_digest, record.seed): record for rows in group_rows(records).values() for record in rows}
+    trainings: dict[str, set[str]] = {}
+    for record in runs.values():
+        trainings.setdefault(record.system, set()).add(record.training_digest)
+    lines = []
+    for record in runs.values():
+        alone = len(trainings[record.system]) == 1
+        keys = _keys(record) | {"label": SYSTEMS.get(record.system, record.system) if alone else record.label}
+        lines += [keys | {"step": step, "loss": losses["mse"]} for step, losses in record.training["losses"]]
+    return pd.DataFrame(lines)
+
+
+def calls_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the capacity of each sampling call (from 1) of the rows whose capacity moves."""
+    return pd.DataFrame([_keys(record) | {"call": call, "capacity": capacity} for record in _dynamic(records)
+                         for call, capacity in enumerate(record.activation["capacity_by_call"], 1)])
+
+
+def classes_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the capacity of each class of the rows whose capacity moves."""
+    return pd.DataFrame([_keys(record) | {"class": label, "capacity": capacity} for record in _dynamic(records)
+                         for label, capacity in enumerate(record.activation["capacity_by_class"])])
+
+
+def expert_load_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return pairs a token of each layer and expert, of each row's first seed: two seeds order experts differently."""
+    firsts = [rows[0] for rows in group_rows(records).values() if "expert_load" in rows[0].activation]
+    return pd.DataFrame([_keys(record) | {"layer": layer, "expert": expert, "load": load} for record in firsts
+                         for layer, loads in enumerate(record.activation["expert_load"], 1)
+                         for expert, load in enumerate(loads, 1)])
+
+
+def _keys(record: Record) -> dict[str, object]:
+    return {"row": record.row, "label": record.label, "system": record.system, "seed": record.seed}
+
+
+def _dynamic(records: Sequence[Record]) -> list[Record]:
+    """Return the records of rows where some image, call or class got another capacity than the rest."""
+    def moves(record: Record) -> bool:
+        series = (record.activation.get(key, [0.0]) for key in ("capacity_by_call", "capacity_by_class"))
+        return any(max(values) - min(values) > 1e-4 for values in series)
+
+    return [record for rows in group_rows(records).values() if any(map(moves, rows)) for record in rows]
+
+
+def distance_against_parameters(records: Sequence[Record]) -> Figure:
+    """Draw distance against activated parameters: a point a row, a curve through a system's sizes."""
+    data = points_data(records)
+    figure, axes = _start(records, "Distance against activated parameters",
+                          "activated parameters, M (paper's count, measured)", _distance_axis(records))
+    data["activated_params"] /= 1e6
+    for system, group in data[data.threshold.isna()].groupby("system", sort=False):
+        sizes = group.groupby("row")[["activated_params", "distance"]].mean().sort_values("activated_params")
+        if group.training_digest.nunique() == len(sizes) > 1:
+            axes.plot(sizes.activated_params, sizes.distance, color=_colour(system, records), lw=1.2, zorder=1)
+    _row_points(axes, data, "activated_params", records)
+    _sweeps(axes, data, "activated_params", records)
+    return _finish(figure, axes)
+
+
+def distance_against_capacity(records: Sequence[Record]) -> Figure:
+    """Draw each swept checkpoint's distance as one global threshold moves its capacity (the paper's Figure 7)."""
+    data = points_data(records)
+    figure, axes = _start(records, "One checkpoint, many capacities: a global threshold is swept",
+                          "capacity C: experts a token, measured; small numbers: the threshold",
+                          _distance_axis(records))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=8)
+    _row_points(axes, data, "capacity", records)
+    _sweeps(axes, data, "capacity", records, named=True)
+    axes.margins(y=0.1)
+    return _finish(figure, axes)
+
+
+def training_loss(records: Sequence[Record]) -> Figure:
+    """Draw the diffusion loss of each training, mean and sd over seeds."""
+    figure, axes = _start(records, "Training loss", "optimiser step",
+                          "diffusion loss (mean squared error)", metric=False, sampled=False)
+    _lines(axes, losses_data(records), "step", "loss", records)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    return _finish(figure, axes)
+
+
+def capacity_by_call(records: Sequence[Record]) -> Figure:
+    """Draw the capacity of each sampling call of the dynamic rows (the paper's Figure 1c)."""
+    figure, axes = _start(records, "Capacity against sampling step", "network call (1: pure noise)",
+                          "capacity C: experts a token", metric=False)
+    axes.axhline(1, color="0.6", lw=1, zorder=0)
+    _lines(axes, calls_data(records), "call", "capacity", records)
+    return _finish(figure, axes)
+
+
+def capacity_by_class(records: Sequence[Record]) -> Figure:
+    """Draw the capacity of each class of the dynamic rows (the paper's Figure 1d); many classes: by rank."""
+    data = classes_data(records)
+    few = data["class"].nunique() <= MOST_NAMED_CLASSES
+    figure, axes = _start(records, "Capacity by class", "class" if few else "class, by rank",
+                          "capacity C: experts a token", metric=False)
+    axes.axhline(1, color="0.6", lw=1, zorder=0)
+    if not few:
+        data = data.assign(**{"class": data.groupby(["row", "seed"]).capacity.rank(method="first", ascending=False)})
+        _lines(axes, data, "class", "capacity", records)
+        return _finish(figure, axes)
+    rows = list(dict.fromkeys(data.row))
+    for index, (row, group) in enumerate(data.groupby("row", sort=False)):
+        found = group.groupby("class").capacity.agg(["mean", "std"])
+        offset = 0.14 * (rows.index(row) - (len(rows) - 1) / 2)
+        axes.errorbar(found.index + offset, found["mean"], found["std"].fillna(0), label=group.label.iloc[0],
+                      ls="", elinewidth=1.2, ms=6, **_style(row, records), zorder=3 + index)
+    axes.set_xticks(sorted(data["class"].unique()))
+    axes.grid(False, axis="x")
+    return _finish(figure, axes)
+
+
+def tokens_per_expert(records: Sequence[Record]) -> Figure:
+    """Draw the load of every expert of every layer, 1 where all work alike; the first seed of each row."""
+    data = expert_load_data(records)
+    data["share"] = data.load / data.groupby(["row", "layer"]).load.transform("mean")
+    labels = list(dict.fromkeys(data.label))
+    columns = min(4, len(labels))
+    lines = math.ceil(len(labels) / columns)
+    layers = data.layer.nunique()
+    _theme()
+    size = (9, 0.9 + lines * (0.75 + min(0.35 * layers, 3)))
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    limit = max(data.share.max(), 2)
+    for index, (axes, label) in enumerate(zip(grid.flat, labels, strict=False)):
+        table = data[data.label == label].pivot(index="layer", columns="expert", values="share")
+        sns.heatmap(table, ax=axes, vmin=0, vmax=limit, center=1, cmap="vlag", cbar=False, linewidths=0.5,
+                    linecolor="0.8")
+        axes.set_title(label, fontsize=10)
+        left, bottom = index % columns == 0, index // columns == lines - 1
+        axes.set(xlabel="expert" if bottom else "", ylabel="MoE layer" if left else "")
+        axes.tick_params(labelsize=8, labelbottom=bottom, labelleft=left)
+    for axes in grid.flat[len(labels):]:
+        axes.set_axis_off()
+    bar = figure.colorbar(grid.flat[0].collections[0], ax=grid, shrink=0.8, pad=0.02)
+    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    title = f"Tokens per expert at inference\n{_note(records, metric=False)}, seed {data.seed.min()}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+Frame, Draw = Callable[[Sequence[Record]], pd.DataFrame], Callable[[Sequence[Record]], Figure]
+FIGURES: dict[str, tuple[Frame, Draw]] = {
+    "distance_vs_activated_params": (points_data, distance_against_parameters),
+    "distance_vs_capacity": (points_data, distance_against_capacity),
+    "training_loss": (losses_data, training_loss),
+    "capacity_by_call": (calls_data, capacity_by_call),
+    "capacity_by_class": (classes_data, capacity_by_class),
+    "tokens_per_expert": (expert_load_data, tokens_per_expert),
+}
+
+
+def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write each figure that the records have data for as PNG; equal records give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, (frame, draw) in FIGURES.items():
+        if frame(records).empty:
+            continue
+        figure = draw(records)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=DPI, metadata={"Software": None})
+        plt.close(figure)
+    return paths
+
+
+def figures_csv(records: Sequence[Record]) -> dict[str, str]:
+    """Return the data of each figure as CSV text, by the figure's name."""
+    frames = {name: frame(records) for name, (frame, _) in FIGURES.items()}
+    return {name: frame.to_csv(index=False, lineterminator="\n") for name, frame in frames.items() if not frame.empty}
+
+
+def _start(records: Sequence[Record], title: str, x: str, y: str, *, metric: bool = True,
+           sampled: bool = True) -> tuple[Figure, Axes]:
+    _theme()
+    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    seeds = sorted({record.seed for record in records})
+    spread = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    note = _note(records, metric=metric, sampled=sampled)
+    figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
+    return figure, axes
+
+
+def _theme() -> None:
+    sns.set_theme(style="whitegrid", rc={"grid.color": "0.9", "axes.edgecolor": "0.4", "axes.labelsize": 10,
+                                         "xtick.labelsize": 9, "ytick.labelsize": 9})
+
+
+def _note(records: Sequence[Record], *, metric: bool, sampled: bool = True) -> str:
+    first = records[0]
+    measured = f", {first.evaluation['distance_name']}" if metric else ""
+    samples = f", {first.sampling['num_samples']} samples" if sampled else ""
+    return f"scale {first.scale}{measured}{samples}"
+
+
+def _distance_axis(records: Sequence[Record]) -> str:
+    return f"{records[0].evaluation['distance_name']} (lower is better)"
+
+
+def _finish(figure: Figure, axes: Axes) -> Figure:
+    sns.despine(figure)
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: SWEPT in pair[0]))
+    if axes.get_legend():
+        axes.get_legend().remove()
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def _colour(system: str, records: Sequence[Record]) -> str:
+    others = sorted({record.system for record in records} - set(COLOURS))
+    return COLOURS.get(system) or OTHER_COLOURS[others.index(system) % len(OTHER_COLOURS)]
+
+
+def _style(row: str, records: Sequence[Record]) -> dict[str, str]:
+    rows = group_rows(records)
+    system = rows[row][0].system
+    place = [name for name, same in rows.items() if same[0].system == system].index(row)
+    return {"color": _colour(system, records), "marker": MARKERS[place % len(MARKERS)]}
+
+
+def _row_points(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record]) -> None:
+    own = data[data.threshold.isna()]
+    for row in group_rows(records):
+        group = own[own.row == row]
+        spread = group[[x, "distance"]].std().fillna(0)
+        axes.errorbar(group[x].mean(), group.distance.mean(), xerr=spread[x], yerr=spread.distance, ls="", ms=7,
+                      elinewidth=1.2, mec="white", mew=0.6, label=group.label.iloc[0], zorder=4,
+                      **_style(row, records))
+
+
+def _sweeps(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record], *, named: bool = False) -> None:
+    swept = data[data.threshold.notna()]
+    for (_, seed), group in swept.groupby(["row", "seed"], sort=False):
+        group = group.sort_values(x)
+        colour = _colour(group.system.iloc[0], records)
+        axes.plot(group[x], group.distance, color=colour, lw=1.2, marker=".", ms=5, alpha=0.75, zorder=2,
+                  label=f"{SYSTEMS.get(group.system.iloc[0], group.system.iloc[0])}, {SWEPT}, seed {seed}")
+        for point in group.itertuples() if named else ():
+            axes.annotate(f"{point.threshold:g}", (getattr(point, x), point.distance), (0, -13), fontsize=8,
+                          textcoords="offset points", ha="center", color=colour, zorder=5,
+                          path_effects=[withStroke(linewidth=2.5, foreground="white")])
+
+
+def _lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence[Record]) -> None:
+    firsts = data.drop_duplicates("label")
+    palette = {line.label: _colour(line.system, records) for line in firsts.itertuples()}
+    place = firsts.groupby("system").cumcount()
+    dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
+    sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,
+                 lw=1.6)

@@ -1,0 +1,195 @@
+"""The results table: one line a row of the benchmark, mean and sd over seeds, the paper's numbers beside ours.
+
+Made from records alone. A table holds one scale, extractor, reference and number of samples; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from diffmoe.config import ConfigError
+from diffmoe.records import Record
+from diffmoe.report.table1 import format_table
+
+PAPER = Path(__file__).with_name("paper_results.yaml")
+ROW_ORDER = ("tc", "dense", "ec-static", "ec-dynamic", "diffmoe-static", "diffmoe", "diffmoe-predictor", "expert-race",
+             "dense-large")
+"""Lines of the table from the top; rows of other names follow in alphabetical order."""
+BASELINE = "dense"
+CORE_METRICS = ("distance", "kid", "kid_std", "precision", "recall")
+MEASURED = ("capacity", "activated_params", "activated_params_strict", "gflops", "total_params")
+CHANCE = 1.96 * math.sqrt(2)
+"""Two independent runs differ by less than this many standard deviations of one, 19 times in 20."""
+
+
+def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the records of each row in the table's order, sorted by seed, once they are known to be comparable.
+
+    Raises:
+        ConfigError: for no records, a mixture, a row with two configurations, or a cell that is there twice.
+    """
+    if not records:
+        raise ConfigError("no records: nothing to report; run the cells first")
+    first = min(records, key=lambda record: record.id)
+    for record in records:
+        for what, ours, theirs in zip(("scales", "sample counts", "extractors", "distances", "references"),
+                                      _protocol(first), _protocol(record), strict=True):
+            if ours != theirs:
+                raise ConfigError(f"mixed {what}: {first.id} has {ours}, {record.id} has {theirs}; "
+                                  "report them in separate folders")
+    rows: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (_rank(record.row), record.row, record.seed, record.id)):
+        same = rows.setdefault(record.row, [])
+        if same and same[0].config_digest != record.config_digest:
+            raise ConfigError(f"row {record.row}: mixed configurations {same[0].config_digest} and "
+                              f"{record.config_digest}; move the records of one of them away")
+        if same and same[-1].seed == record.seed:
+            raise ConfigError(f"row {record.row}: seed {record.seed} is there twice, in {same[-1].id} and {record.id}")
+        same.append(record)
+    return rows
+
+
+def _protocol(record: Record) -> tuple[Any, ...]:
+    evaluation = record.evaluation
+    return (record.scale, record.sampling["num_samples"], evaluation["extractor"], evaluation["distance_name"],
+            evaluation["reference"])
+
+
+def _rank(row: str) -> int:
+    return ROW_ORDER.index(row) if row in ROW_ORDER else len(ROW_ORDER)
+
+
+def results_table(records: Sequence[Record]) -> list[list[str]]:
+    """Return the table as text cells, header first.
+
+    Raises:
+        ConfigError: as `group_rows` does.
+    """
+    rows = group_rows(records)
+    extras = sorted({name for record in records for name in record.metrics} - set(CORE_METRICS))
+    distance_name = records[0].evaluation["distance_name"]
+    table = [["system", "C", "activated, M: paper", "strict", "GFLOPs", distance_name, "KID x1000", "precision",
+              "recall", *(name.replace("_", " ") for name in extras), "seeds",
+              f"{distance_name} to Dense", "published FID", "published to Dense", "differs"]]
+    for row, same in rows.items():
+        table.append([
+            same[0].label, _measured(same, "capacity"), _measured(same, "activated_params", 1e6),
+            _measured(same, "activated_params_strict", 1e6), _measured(same, "gflops"),
+            _metric(same, "distance"), _metric(same, "kid", 1000), _metric(same, "precision"), _metric(same, "recall"),
+            *(_metric(same, name) for name in extras),
+            str(len(same)), *_beside_paper(row, rows)])
+    return table
+
+
+def _beside_paper(row: str, rows: dict[str, list[Record]]) -> list[str]:
+    """Return our difference to Dense, the published FID, its difference to Dense, and whether the two differ."""
+    paper = yaml.safe_load(PAPER.read_text())
+    fid = paper["rows"].get(row, {}).get("fid")
+    ours = (mean_log_distance(rows[row]) - mean_log_distance(rows[BASELINE]) if BASELINE in rows and row != BASELINE
+            else None)
+    theirs = math.log(fid / paper["rows"][BASELINE]["fid"]) if fid and row != BASELINE else None
+    differs = "-"
+    if ours is not None and theirs is not None:
+        differs = "yes" if abs(ours - theirs) > CHANCE * paper["seed_cv"] else "no"
+    return [percent(ours), f"{fid:.2f}" if fid else "-", percent(theirs), differs]
+
+
+def mean_log_distance(records: Sequence[Record]) -> float:
+    """Return the mean of the log distances: differences of it are relative differences of geometric means."""
+    return fmean(log_distance(record.metrics["distance"], record.id) for record in records)
+
+
+def log_distance(distance: float, name: str) -> float:
+    """Return the logarithm of a distance that must be finite and above 0.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    if not (math.isfinite(distance) and distance > 0):
+        raise ConfigError(f"{name}: distance={distance}: relative differences need a distance above 0")
+    return math.log(distance)
+
+
+def percent(log_ratio: float | None) -> str:
+    """Write the logarithm of a ratio as a relative difference."""
+    return "-" if log_ratio is None else f"{100 * math.expm1(log_ratio):+.1f} %"
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """Write mean ± sd; the sd has two significant digits and the mean as many decimals; one value has four digits."""
+    mean = fmean(values)
+    sd = stdev(values) if len(values) > 1 else 0.0
+    if not math.isfinite(mean) or sd < 1e-9 * abs(mean) or sd == 0:
+        return f"{mean:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(sd)))
+    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
+
+
+def _measured(records: Sequence[Record], name: str, unit: float = 1.0) -> str:
+    return mean_sd([record.activation[name] / unit for record in records])
+
+
+def _metric(records: Sequence[Record], name: str, factor: float = 1.0) -> str:
+    values = [factor * record.metrics[name] for record in records if name in record.metrics]
+    return mean_sd(values) if len(values) == len(records) else "-"
+
+
+def table_markdown(records: Sequence[Record]) -> str:
+    """Return the table with the protocol that its numbers hold for."""
+    paper = yaml.safe_load(PAPER.read_text())
+    models = ", ".join(entry["model"] for entry in paper["rows"].values())
+    first = records[0]
+    cv = paper["seed_cv"]
+    return f"""{format_table(results_table(records))}
+
+Scale {first.scale}. {protocol(records)} Mean ± sd over seeds.
+C: experts a token, measured over all sampling calls. Activated: parameters that work on an average token, in millions,
+by the paper's Eq. 40 and strictly (whatever runs on every token counts whole). GFLOPs of one network call on one image.
+
+Published: FID-50K on ImageNet 256 after 700K steps without guidance, one seed each, of
+{models}.
+`to Dense` is the relative difference of geometric means to the row Dense. `differs` says yes where the logarithms of
+our ratio to Dense and of the published one are more than {CHANCE * cv:.3f} apart: 1.96 √2 times {cv:.0%}, the upper end
+of the published coefficient of variation of FID over training seeds. Two ratios within it may differ by seeds alone.
+"""
+
+
+def protocol(records: Sequence[Record]) -> str:
+    """Say in sentences how the numbers were measured."""
+    first = records[0]
+    seeds = sorted({record.seed for record in records})
+    ways = sorted({_sampling(record) for record in records})
+    return (f"{first.evaluation['distance_name']} of {first.sampling['num_samples']} samples to {first.data['name']} "
+            f"({first.evaluation['reference']}), {'; '.join(ways)}, seeds {', '.join(map(str, seeds))}.")
+
+
+def _sampling(record: Record) -> str:
+    sampling, training = record.config["sampling"], record.training
+    return (f"{training['images']} training images, {record.config['diffusion']['process']}, {sampling['sampler']}, "
+            f"{sampling['num_steps']} steps, guidance {sampling['guidance_scale']:g}")
+
+
+def table_csv(records: Sequence[Record]) -> str:
+    """Return every number of the table in tidy form: one line a row, seed and metric, unrounded."""
+    lines = []
+    for row, same in group_rows(records).items():
+        for record in same:
+            numbers = {name: record.activation[name] for name in MEASURED} | record.metrics
+            lines += [[record.scale, row, record.label, record.system, record.seed, metric, value]
+                      for metric, value in numbers.items()]
+    return write_csv([["scale", "row", "label", "system", "seed", "metric", "value"], *lines])
+
+
+def write_csv(lines: Sequence[Sequence[Any]]) -> str:
+    """Return lines of cells as CSV text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()

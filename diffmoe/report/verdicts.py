@@ -1,0 +1,241 @@
+"""Verdicts: are the paper's orderings reproduced? The claims are in claims.yaml, listed before any run.
+
+The effect of a claim "a < b" is the relative difference of the distances, worked out on their logarithms: seeds scatter
+a distance by a share of itself, and test, interval and effect then agree. Where the rows share checkpoints, paired t
+over seeds; Welch otherwise; Holm over the whole list, a claim without a test counting as p = 1.
+
+    reproduced      a < b with adjusted p < 0.05
+    not reproduced  a > b with p < 0.05, or the 95 % interval excludes the paper's effect
+    undecided       else; with the smallest gap that the seeds could have shown, and the seeds that would decide
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from scipy import optimize, stats
+
+from diffmoe.config import ConfigError
+from diffmoe.records import Record
+from diffmoe.report.table import group_rows, log_distance, percent
+from diffmoe.report.table1 import format_table
+
+CLAIMS = Path(__file__).with_name("claims.yaml")
+ALPHA, POWER, MOST_SEEDS = 0.05, 0.8, 1000
+NOT_EVIDENCE = "pipeline check, not evidence"
+"""Heads the verdicts of the scale `digits`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """An ordering that the paper states."""
+
+    better: str
+    """Row with the smaller distance."""
+    worse: str
+    """Row with the larger one."""
+    published: tuple[float, float]
+    """The paper's FIDs of the two."""
+    shares_checkpoint: bool = False
+    """The rows are two inference rules of one training."""
+    equal_capacity: bool = False
+    """Read `better` off its threshold sweep at the capacity that `worse` measured."""
+
+    @property
+    def text(self) -> str:
+        """The claim in a few words."""
+        return f"{self.better} < {self.worse}" + (" at equal C" if self.equal_capacity else "")
+
+    @property
+    def effect(self) -> float:
+        """The paper's effect as a log ratio, below 0."""
+        return math.log(self.published[0] / self.published[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two rows measured against each other; log ratios. Without two seeds there is no test."""
+
+    num_seeds: int
+    effect: float | None = None
+    interval: tuple[float, float] | None = None
+    p: float = 1.0
+    variances: tuple[float, ...] = ()
+    """Of the log distances of each row (Welch), or of their differences (paired): one run each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A claim, judged."""
+
+    claim: Claim
+    comparison: Comparison
+    p_adjusted: float
+    verdict: str
+    reason: str
+    smallest_gap: float | None
+    """Relative difference that a test of these seeds finds with power 0.8, at the level Holm left to the claim."""
+    seeds_to_decide: int | None
+    """Seeds a row with which the paper's effect would be found with power 0.8; None: unknown or above 1000."""
+
+
+def load_claims(path: Path = CLAIMS) -> list[Claim]:
+    """Read the list of claims."""
+    return [Claim(**{**entry, "published": tuple(entry["published"])}) for entry in yaml.safe_load(path.read_text())]
+
+
+def compare(better: Sequence[float], worse: Sequence[float], *, paired: bool) -> Comparison:
+    """Compare log distances: effect, 95 % interval and two-sided p by paired t (same order of seeds) or Welch."""
+    num_seeds = min(len(better), len(worse))
+    if num_seeds == 0:
+        return Comparison(num_seeds=0)
+    effect = float(np.mean(better) - np.mean(worse))
+    samples = [np.subtract(better, worse)] if paired else [np.asarray(better), np.asarray(worse)]
+    if num_seeds == 1 or all(np.ptp(sample) < 1e-12 for sample in samples):  # no spread to judge an effect by
+        return Comparison(num_seeds=num_seeds, effect=effect)
+    test = stats.ttest_1samp(samples[0], 0.0) if paired else stats.ttest_ind(*samples, equal_var=False)
+    low, high = test.confidence_interval(1 - ALPHA)
+    return Comparison(num_seeds=num_seeds, effect=effect, interval=(float(low), float(high)), p=float(test.pvalue),
+                      variances=tuple(float(np.var(sample, ddof=1)) for sample in samples))
+
+
+def holm_factors(p_values: Sequence[float]) -> list[int]:
+    """Return what Holm multiplies each p with: m for the smallest, 1 for the largest."""
+    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
+    return [len(p_values) - int(rank) for rank in ranks]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p-values (Holm 1979): step down, never below an adjusted p of a smaller one."""
+    products = np.multiply(p_values, holm_factors(p_values))
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(products[order]), 1.0)
+    return adjusted.tolist()
+
+
+def detection_power(effect: float, variances: Sequence[float], num_seeds: int, level: float) -> float:
+    """Return the chance that a two-sided t test of this level finds a true effect, with `num_seeds` seeds a row."""
+    freedom = (num_seeds - 1) * sum(variances) ** 2 / sum(variance**2 for variance in variances)
+    shift = abs(effect) / math.sqrt(sum(variances) / num_seeds)
+    return float(stats.nct.sf(stats.t.isf(level / 2, freedom), freedom, shift))  # the other tail is negligible
+
+
+def smallest_gap(variances: Sequence[float], num_seeds: int, level: float) -> float:
+    """Return the log ratio that is found with power 0.8."""
+    unit = math.sqrt(sum(variances) / num_seeds)
+    high = unit
+    while detection_power(high, variances, num_seeds, level) < POWER:
+        high *= 2
+    return optimize.brentq(lambda gap: detection_power(gap, variances, num_seeds, level) - POWER, 0, high)
+
+
+def seeds_to_decide(effect: float, variances: Sequence[float], level: float) -> int | None:
+    """Return the seeds a row with which a true effect is found with power 0.8; None above 1000."""
+    if detection_power(effect, variances, MOST_SEEDS, level) < POWER:
+        return None
+    low, high = 1, MOST_SEEDS  # power rises with the seeds: bisect
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if detection_power(effect, variances, middle, level) >= POWER else (middle, high)
+    return high
+
+
+def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None) -> list[Verdict]:
+    """Judge each claim by the rule in this file's docstring.
+
+    Raises:
+        ConfigError: for records that cannot be compared, or that share checkpoints where their claim says otherwise.
+    """
+    claims = load_claims() if claims is None else claims
+    rows = group_rows(records)
+    found = [compare(*_log_distances(claim, rows), paired=claim.shares_checkpoint) for claim in claims]
+    p_values = [comparison.p for comparison in found]
+    verdicts = []
+    for claim, comparison, adjusted, factor in zip(claims, found, holm(p_values), holm_factors(p_values), strict=True):
+        verdict, reason = _decide(claim, comparison, adjusted)
+        gap = seeds = None
+        if comparison.variances:
+            level = ALPHA / factor
+            gap = smallest_gap(comparison.variances, comparison.num_seeds, level)
+            seeds = seeds_to_decide(claim.effect, comparison.variances, level)
+        verdicts.append(Verdict(claim=claim, comparison=comparison, p_adjusted=adjusted, verdict=verdict, reason=reason,
+                                smallest_gap=gap, seeds_to_decide=seeds))
+    return verdicts
+
+
+def _decide(claim: Claim, comparison: Comparison, adjusted: float) -> tuple[str, str]:
+    if comparison.interval is None:
+        reasons = {0: "nothing to compare", 1: "one seed"}
+        return "undecided", reasons.get(comparison.num_seeds, "no spread over seeds")
+    low, high = comparison.interval
+    side = "smaller" if low > claim.effect else "larger" if high < claim.effect else ""
+    size = side and f"{side} than the paper's"
+    if comparison.effect < 0 and adjusted < ALPHA:
+        return "reproduced", size and f"but {size}"
+    if comparison.effect > 0 and comparison.p < ALPHA:
+        return "not reproduced", "the other way round"
+    return ("not reproduced", size) if size else ("undecided", "too few seeds")
+
+
+def _log_distances(claim: Claim, rows: dict[str, list[Record]]) -> tuple[list[float], list[float]]:
+    """Return the two rows' log distances; of the seeds that both have, in one order, where they share checkpoints."""
+    better, worse = ({record.seed: record for record in rows.get(row, [])} for row in (claim.better, claim.worse))
+    both = sorted(better.keys() & worse.keys())
+    for seed in both:
+        digests = better[seed].training_digest, worse[seed].training_digest
+        if (digests[0] == digests[1]) != claim.shares_checkpoint:
+            raise ConfigError(f"claim {claim.text}: shares_checkpoint={str(claim.shares_checkpoint).lower()}, but the "
+                              f"training digests are {digests[0]} and {digests[1]}; correct {CLAIMS.name} or the rows")
+    if claim.equal_capacity:
+        values = {seed: _at_capacity(better[seed], worse[seed].activation["capacity"]) for seed in both}
+        both = [seed for seed in both if values[seed] is not None]
+        return [values[seed] for seed in both], [_own(worse[seed]) for seed in both]
+    if claim.shares_checkpoint:
+        better, worse = ({seed: row[seed] for seed in both} for row in (better, worse))
+    return [_own(record) for record in better.values()], [_own(record) for record in worse.values()]
+
+
+def _own(record: Record) -> float:
+    return log_distance(record.metrics["distance"], record.id)
+
+
+def _at_capacity(record: Record, capacity: float) -> float | None:
+    """Interpolate the log distance of a threshold sweep; None where the sweep does not reach the capacity."""
+    points = sorted((point["capacity"], log_distance(point["distance"], record.id)) for point in record.threshold_sweep)
+    if not points or not points[0][0] <= capacity <= points[-1][0]:
+        return None
+    return float(np.interp(capacity, *zip(*points, strict=True)))
+
+
+def verdicts_markdown(records: Sequence[Record]) -> str:
+    """Return the verdicts as Markdown; at the scale `digits` their column says that it is no evidence."""
+    heading = NOT_EVIDENCE if records[0].scale == "digits" else "verdict"
+    cells = [["claim", "effect", "95 % interval", "paper's", "test", "seeds", "p", "p, Holm", heading, "why",
+              "smallest gap shown", "seeds to decide"], *(_cells(verdict) for verdict in judge(records))]
+    about = " ".join(line for line in __doc__.split("\n\n")[1].splitlines())
+    return f"""{format_table(cells)}
+
+{about}
+Reproduced: the claimed order with Holm's p < {ALPHA}. Not reproduced: the other order with p < {ALPHA}, or an interval
+that excludes the paper's effect. Else undecided. Smallest gap: what these seeds show with power {POWER} at the level
+that Holm leaves to the claim; seeds to decide: a row's seeds that would so show the paper's effect, at today's spread.
+"""
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    claim, comparison = verdict.claim, verdict.comparison
+    tested = comparison.interval is not None
+    interval = " to ".join(percent(bound) for bound in comparison.interval) if tested else "-"
+    undecided = verdict.verdict == "undecided"
+    gap = percent(-verdict.smallest_gap) if tested and undecided else "-"
+    seeds = (str(verdict.seeds_to_decide or f"over {MOST_SEEDS}") if tested else "2 or more") if undecided else "-"
+    return [claim.text, percent(comparison.effect), interval, percent(claim.effect),
+            ("paired t" if claim.shares_checkpoint else "Welch") if tested else "-", str(comparison.num_seeds),
+            f"{comparison.p:.2g}" if tested else "-", f"{verdict.p_adjusted:.2g}" if tested else "-",
+            verdict.verdict, verdict.reason or "-", gap, seeds]

@@ -1,12 +1,13 @@
-# make reproduce-table1   install what is missing, then the main job
+# make reproduce-table1   install what is missing, then the main job at SCALE (default: digits)
+# make publish            promote your records to results/SCALE
+# make mlflow-ui          compare the published runs in MLflow
+# make check-results      does every table and figure follow from its records?
 # make test | test-all | lint
 PYTHON ?= python3
 SCALE ?= digits
-SEED ?= 0
-SYSTEMS = baselines/configs/dense baselines/configs/token_choice baselines/configs/expert_choice diffmoe/configs/diffmoe
 BIN = .venv/bin
 
-.PHONY: setup reproduce-table1 test test-all lint
+.PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all lint
 
 setup: .venv/installed
 
@@ -18,9 +19,16 @@ setup: .venv/installed
 
 reproduce-table1: setup
 	@$(BIN)/python -m diffmoe.report.table1
-	@set -e; for system in $(SYSTEMS); do \
-		$(BIN)/python -m diffmoe.train --config diffmoe/configs/$(SCALE).yaml --config $$system.yaml --seed $(SEED) $(ARGS); \
-	done
+	@$(BIN)/python -m diffmoe.reproduce --rows baselines/table1.yaml --scale $(SCALE) $(ARGS)
+
+publish: setup
+	$(BIN)/python -m diffmoe.reproduce --rows baselines/table1.yaml --scale $(SCALE) --publish
+
+mlflow-ui: setup
+	$(BIN)/python -m diffmoe.tracking ui --scale $(SCALE)
+
+check-results: setup
+	$(BIN)/python -m diffmoe.report results/digits --check
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow"

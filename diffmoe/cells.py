@@ -19,6 +19,7 @@ import yaml
 from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData
 from diffmoe.evaluation.extractors import classify, distance_name
+from diffmoe.evaluation.grid import save_class_grid
 from diffmoe.evaluation.metrics import measure
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
@@ -48,10 +49,6 @@ class Cell:
     row: Row
     seed: int
 
-    def run_name(self, data: ImageData) -> str:
-        """Name the training run that this cell shares with every cell of equal training settings and seed."""
-        return f"{digest(self.row.config, scope='training')}-s{self.seed}-{data.digest}"
-
     def record_id(self, data: ImageData) -> str:
         """Name the record that this cell writes."""
         return f"{self.row.key}-{digest(self.row.config)}-s{self.seed}-{data.digest}"
@@ -70,11 +67,20 @@ class Store:
 
     def run_folder(self, cell: Cell, data: ImageData) -> Path:
         """The folder of a cell's training run."""
-        return self.folder / "runs" / cell.run_name(data)
+        return self.folder / "runs" / _run_name(digest(cell.row.config, scope="training"), cell.seed, data.digest)
 
     def has(self, cell: Cell, data: ImageData) -> bool:
         """Say whether a cell is recorded."""
         return (self.records / f"{cell.record_id(data)}.json").exists()
+
+
+def run_name(record: Record) -> str:
+    """Name the folder of the training run that a record was measured from."""
+    return _run_name(record.training_digest, record.seed, record.data["digest"])
+
+
+def _run_name(training_digest: str, seed: int, data_digest: str) -> str:
+    return f"{training_digest}-s{seed}-{data_digest}"  # shared by all cells of equal training settings and seed
 
 
 def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Row]:
@@ -124,6 +130,9 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     started = time.perf_counter()
     samples = sample_images(model, config, range(config.evaluation.num_samples))
     sampling_s = time.perf_counter() - started
+    grids = store.folder / "samples"
+    grids.mkdir(exist_ok=True)
+    save_class_grid(grids / f"{cell.row.key}-s{cell.seed}.png", samples.images, samples.labels)
     started = time.perf_counter()
     metrics = _measure(samples, config, data, store, device)
     evaluation_s = time.perf_counter() - started

@@ -31,21 +31,23 @@ def run_command(main: Callable[[list[str]], int]) -> int:
 
 
 class TrainingBar:
-    """A progress bar that names the run, the step, the losses and the time left."""
+    """A progress bar: the run's name, step, losses and time left; none for a run that has nothing to do."""
 
     def __init__(self, name: str, num_steps: int, *, enabled: bool = True) -> None:
-        self.bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=1.0, disable=not enabled)
+        self.options = {"desc": name, "total": num_steps, "disable": not enabled}
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> TrainingBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def update(self, step: int, losses: dict[str, float]) -> None:
-        """Show a run that has made `step` steps."""
-        if self.bar.n == 0 and step > 1:  # gone on from a checkpoint: the speed is that of this process
-            self.bar.initial = step
+        """Show a run that has made `step` steps; the speed is that of this process."""
+        if self.bar is None:
+            self.bar = tqdm(initial=step - 1, unit="step", mininterval=1.0, **self.options)
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
 

@@ -449,6 +449,15 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     data: dict[str, Any] = {}
     for path in paths:
         data = _merge(data, _read_yaml(Path(path)))
+    return from_dict(RunConfig, apply_overrides(data, overrides))
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Lay `key.path=value` overrides (values are YAML) over plain configuration data.
+
+    Raises:
+        ConfigError: for an override that is not of that form.
+    """
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -460,7 +469,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         for part in reversed(key.split(".")):
             value = {part: value}
         data = _merge(data, value)
-    return from_dict(RunConfig, data)
+    return data
 
 
 def digest(config: Any, *, scope: str = "inference") -> str:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell
+from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell, run_name
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import ConfigError
 from diffmoe.data import load_data
@@ -23,10 +23,13 @@ from diffmoe.records import Record, read_records
 from diffmoe.report.__main__ import write_report
 from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
+from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.run import Interrupted
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path("results")
+MAX_PUBLISHED_BYTES = 1_000_000
+"""Weights above this are not for a git repository."""
 
 
 def main(arguments: list[str]) -> int:
@@ -84,9 +87,24 @@ def publish(store: Store, folder: Path) -> int:
     (folder / "records").mkdir(parents=True, exist_ok=True)
     for record in records:
         shutil.copy2(store.records / f"{record.id}.json", folder / "records")
+    publish_weights(records, store, folder / "checkpoints")
     write_report(folder)
     print(f"published {len(records)} records to {folder}")
     return 0
+
+
+def publish_weights(records: list[Record], store: Store, folder: Path) -> None:
+    """Copy the small averaged networks of seed 0 in half precision, each under its shortest row's name."""
+    shortest: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: len(record.row), reverse=True):
+        if record.seed == 0:
+            shortest[record.training_digest] = record
+    for record in shortest.values():
+        weights, description = load_weights(store.folder / "runs" / run_name(record) / "ema.safetensors")
+        half = {name: value.half() for name, value in weights.items()}
+        if sum(2 * value.numel() for value in half.values()) <= MAX_PUBLISHED_BYTES:
+            folder.mkdir(exist_ok=True)
+            save_weights(folder / f"{record.row}.safetensors", half, description | {"config": record.config})
 
 
 def _ends_a_seed(cells: list[Cell], index: int) -> bool:

@@ -15,13 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import yaml
 
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import RunConfig, digest, load_config, to_dict
 from diffmoe.data import load_data
-from diffmoe.evaluation.grid import save_grid
+from diffmoe.evaluation.grid import IMAGES_A_CLASS, save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.training.distributed import join_world
@@ -29,7 +28,6 @@ from diffmoe.training.run import train_run
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIGS = [CONFIGS / "digits.yaml", CONFIGS / "diffmoe.yaml"]
-IMAGES_A_CLASS = 10
 
 
 def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
@@ -48,10 +46,9 @@ def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
             return
     started = time.perf_counter()
     samples = sample_images(run.load_average(config, device), config, range(IMAGES_A_CLASS * config.model.num_classes))
-    by_class = samples.images[torch.argsort(samples.labels, stable=True)]
-    save_grid(folder / "samples.png", by_class, columns=IMAGES_A_CLASS)
+    save_class_grid(folder / "samples.png", samples.images, samples.labels)
     capacity = "" if samples.capacity is None else f", capacity {samples.capacity.mean().item():.3f}"
-    print(f"{name} seed {seed}: trained {run.description['seconds']:.0f} s, sampled {len(by_class)} images in "
+    print(f"{name} seed {seed}: trained {run.description['seconds']:.0f} s, sampled {len(samples.images)} images in "
           f"{time.perf_counter() - started:.0f} s{capacity}; see {folder}/samples.png")
 
 

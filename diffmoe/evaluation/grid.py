@@ -16,6 +16,15 @@ GAP = 4
 """Black pixels on each side of an image."""
 
 
+IMAGES_A_CLASS = 10
+
+
+def save_class_grid(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Write one row a class, with the first images of each."""
+    rows = [images[labels == label][:IMAGES_A_CLASS] for label in labels.unique()]
+    save_grid(path, torch.cat([row for row in rows if len(row) == IMAGES_A_CLASS] or rows), columns=IMAGES_A_CLASS)
+
+
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Write uint8 images (N, C, H, W), C 1 or 3, row by row; missing ones of the last row stay black."""
     factor = -(-SMALLEST_SIDE // images.shape[-1])

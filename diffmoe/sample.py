@@ -1,0 +1,67 @@
+"""Draw images from trained weights into a PNG grid, and report the capacity they used.
+
+    python -m diffmoe.sample                                      digits, from the published DiffMoE weights
+    python -m diffmoe.sample --weights RUN/ema.safetensors --seeds 0-99 sampling.guidance_scale=1.5
+    python -m diffmoe.sample model.moe.router.global_threshold=0.3  any inference option of the configuration
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from diffmoe.cli import choose_device, run_command
+from diffmoe.config import ConfigError, RunConfig, apply_overrides, digest, from_dict
+from diffmoe.evaluation.grid import save_class_grid
+from diffmoe.evaluation.sampling import sample_images
+from diffmoe.models.dit import build_model
+from diffmoe.training.checkpoint import load_weights
+
+DEFAULT_WEIGHTS = Path("results/digits/checkpoints/diffmoe.safetensors")
+
+
+def load_trained(path: Path, overrides: list[str]) -> tuple[RunConfig, dict[str, torch.Tensor]]:
+    """Read weights with the configuration that they were trained with, and lay overrides over it.
+
+    Raises:
+        ConfigError: when the file cannot be used, or an override would change what was trained.
+    """
+    weights, description = load_weights(path)
+    trained = from_dict(RunConfig, description["config"])
+    config = from_dict(RunConfig, apply_overrides(description["config"], overrides))
+    if digest(config, scope="training") != digest(trained, scope="training"):
+        raise ConfigError(f"{' '.join(overrides)}: this changes what was trained; only inference options can change")
+    return config, weights
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m diffmoe.sample", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, metavar="FILE")
+    parser.add_argument("--seeds", default="0-99", metavar="FIRST-LAST", help="one image a seed (default: 0-99)")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="default: samples.png")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    first, _, last = options.seeds.partition("-")
+    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise ConfigError(f"--seeds {options.seeds}: write FIRST-LAST, for example 0-99")
+    config, weights = load_trained(options.weights, options.overrides)
+    device = choose_device(config.runtime.device)
+    model = build_model(config.model).to(device).eval()
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    samples = sample_images(model.set_backend(config.runtime.backend), config, range(int(first), int(last) + 1))
+    try:
+        save_class_grid(options.out, samples.images, samples.labels)
+    except OSError as error:
+        raise ConfigError(f"{options.out}: cannot be written ({error.strerror}); choose another with --out") from None
+    capacity = "" if samples.capacity is None else f", capacity {samples.capacity.mean().item():.3f}"
+    print(f"{len(samples.images)} images{capacity}: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

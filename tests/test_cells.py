@@ -1,0 +1,119 @@
+"""Cells, records, and the commands built on them, at a size of seconds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe import reproduce, sample
+from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell
+from diffmoe.cli import run_command
+from diffmoe.config import ConfigError, digest
+from diffmoe.data import load_data
+from diffmoe.records import read_records, write_record
+from diffmoe.train import CONFIGS
+from diffmoe.training.checkpoint import load_weights
+
+ROWS = CONFIGS.parents[1] / "baselines" / "table1.yaml"
+SMALL = ["training.batch_size=16", "training.num_images=64", "sampling.num_steps=2", "evaluation.num_samples=40",
+         "evaluation.kid_subset_size=20"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.key: row for row in load_rows(ROWS, CONFIGS / "digits.yaml", SMALL)}
+
+
+@pytest.fixture(scope="module")
+def data(rows):
+    return load_data(rows["dense"].config.data, rows["dense"].config.model)
+
+
+@pytest.fixture(scope="module")
+def measured(rows, data, tmp_path_factory):
+    """Two rows that share a checkpoint and the dense one, with seed 0."""
+    store = Store(tmp_path_factory.mktemp("local"))
+    return store, {key: run_cell(Cell(rows[key], 0), "digits", data, store, CPU)
+                   for key in ("ec-static", "ec-dynamic", "dense")}
+
+
+def test_rows_that_differ_in_inference_alone_share_one_training(rows, measured):
+    store, records = measured
+    shared = {key: digest(row.config, scope="training") for key, row in rows.items()}
+    assert shared["ec-static"] == shared["ec-dynamic"] != shared["dense"]
+    assert shared["diffmoe"] == shared["diffmoe-static"] == shared["diffmoe-predictor"]
+    assert len({digest(row.config) for row in rows.values()}) == len(rows) == 9
+    assert len(list((store.folder / "runs").iterdir())) == 2
+    assert records["ec-static"].training == records["ec-dynamic"].training
+
+
+def test_a_larger_dense_row_is_larger(rows):
+    assert rows["dense-large"].config.model.hidden_size > rows["dense"].config.model.hidden_size
+
+
+def test_recorded_cells_are_done_and_the_rest_comes_seed_by_seed(rows, data, measured):
+    store, _ = measured
+    missing = missing_cells(list(rows.values()), [0, 1], data, store)
+    assert [(cell.seed, cell.row.key) for cell in missing] == [
+        *((0, key) for key in rows if key not in ("ec-static", "ec-dynamic", "dense")), *((1, key) for key in rows)]
+
+
+def test_a_record_is_read_back_whole_and_never_changed(measured):
+    store, records = measured
+    read = {record.row: record for record in read_records(store.records)}
+    assert read == records
+    before = {path: path.read_bytes() for path in store.records.iterdir()}
+    with pytest.raises(ConfigError, match="written once"):
+        write_record(store.records, records["dense"])
+    assert before == {path: path.read_bytes() for path in store.records.iterdir()}
+
+
+def test_a_damaged_record_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "bad.json").write_text('{"schema": 1, "id": "x"}')
+    with pytest.raises(ConfigError, match=r"bad\.json: not a record"):
+        read_records(tmp_path)
+
+
+def test_a_record_states_what_was_measured_and_no_path_of_this_machine(measured):
+    store, records = measured
+    dynamic, dense = records["ec-dynamic"], records["dense"]
+    assert dynamic.activation["capacity"] == pytest.approx(
+        sum(dynamic.activation["capacity_by_class"]) / 10, rel=1e-6)  # 4 images a class
+    assert len(dynamic.activation["capacity_by_call"]) == 4  # Heun calls twice a step
+    assert dense.activation["activated_params"] == dense.activation["total_params"]
+    assert {"distance", "kid", "precision", "recall", "class_accuracy"} <= dense.metrics.keys()
+    text = json.dumps([json.loads(path.read_text()) for path in store.records.iterdir()])
+    assert str(Path.home()) not in text
+    assert str(store.folder) not in text
+
+
+def test_the_commands_run_go_on_publish_and_sample(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "rows.yaml"
+    system = CONFIGS / "diffmoe.yaml"
+    table.write_text(f"- {{row: diffmoe, label: DiffMoE, system: diffmoe, config: {system}}}\n")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    command = ["--rows", str(table), "--seeds", "1", *SMALL]
+    assert reproduce.main([*command, "--dry-run"]) == 0
+    assert "1 to run" in capsys.readouterr().out
+    assert reproduce.main(command) == 0
+    assert "DiffMoE" in capsys.readouterr().out
+    assert reproduce.main(command) == 0
+    assert "1 cells recorded, 0 to run" in capsys.readouterr().out
+    assert (tmp_path / "digits" / "local" / "samples" / "diffmoe-s0.png").exists()
+
+    assert reproduce.main(["--rows", str(table), "--publish"]) == 0
+    weights = tmp_path / "digits" / "checkpoints" / "diffmoe.safetensors"
+    assert weights.stat().st_size < 1_000_000
+    assert load_weights(weights)[0]["positions"].dtype is torch.float16
+    grid = tmp_path / "grid.png"
+    capsys.readouterr()
+    assert sample.main(["--weights", str(weights), "--seeds", "0-19", "--out", str(grid)]) == 0
+    assert "20 images, capacity" in capsys.readouterr().out
+    assert grid.exists()
+    for mistake in (["training.learning_rate=1"], ["--seeds", "9-1"], ["--weights", str(table)]):
+        monkeypatch.setattr(sys, "argv", ["sample", "--weights", str(weights), *mistake])
+        assert run_command(sample.main) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "diffmoe"
 NONE = "none"
-TRAINING_UI = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow 3 opens an experiment in its view for language models unless this says otherwise."""
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 """A server that does not answer is given up after some 10 seconds; a user's own settings win."""
 MOE_KEYS = tuple(f"model.moe.{spec.name}" for spec in fields(MoEConfig) if spec.name != "router") + tuple(
@@ -95,7 +93,7 @@ def record_params(record: Record, keys: Sequence[str]) -> dict[str, str]:
     """Return a run's parameters: what the record is, and its configuration under every key of `keys`."""
     identity = {"scale": record.scale, "row": record.row, "system": record.system, "seed": str(record.seed),
                 "config_digest": record.config_digest, "training_digest": record.training_digest,
-                "data_digest": record.data["digest"], "distance_name": record.evaluation["distance_name"]}
+                "data_digest": record.data["digest"]}
     return dict.fromkeys(keys, NONE) | flatten(record.config) | identity
 
 
@@ -117,6 +115,7 @@ def _publish_record(client: MlflowClient, experiment_id: str, parent_id: str, re
     from mlflow.entities import Metric, Param
 
     tags = {"mlflow.parentRunId": parent_id, "record_id": record.id, "label": record.label,
+            "distance": record.evaluation["distance_name"],
             "commit": str(record.environment.get("commit", "")), "dirty": str(record.environment.get("dirty", ""))}
     run = client.create_run(experiment_id, tags=tags, run_name=f"{record.row} seed {record.seed}")
     run_id, now = run.info.run_id, run.info.start_time
@@ -161,7 +160,7 @@ def _experiment(client: MlflowClient, name: str, store: Path | str) -> str:
         return found.experiment_id
     # a file store keeps its artifacts beside it; a server knows where
     location = Path(store).resolve().with_name("mlflow-artifacts").as_uri() if isinstance(store, Path) else None
-    return client.create_experiment(name, artifact_location=location, tags=TRAINING_UI)
+    return client.create_experiment(name, artifact_location=location)
 
 
 def store_uri(store: Path | str) -> str:
@@ -226,7 +225,11 @@ def _serve(store: Path | str, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             raise ConfigError(f"port {port}: cannot be used, name another with --port ({error})") from None
-    print(f"MLflow: http://127.0.0.1:{port}", flush=True)
+    with _open_store(store) as client:
+        experiment_id = _experiment(client, EXPERIMENT, store)
+    # without workflowType, MLflow 3 opens an experiment in its view for language models
+    page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    print(f"MLflow: {page}", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(store),
                               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"])
 

@@ -17,13 +17,14 @@ SAMPLE_POOL = {"kind": EC, "pool": "sample"}
 ROWS: dict[str, tuple[str, str, dict[str, Any] | None, float, float, float]] = {
     "tc": ("TC", "token_choice", {"kind": TC}, 9.6, 1.0, 138),
     "dense": ("Dense", "dense", None, 8.5, 1.0, 137),
-    "ec-static": ("EC, static", "expert_choice", SAMPLE_POOL | {"inference": "static"}, 8.1, 1.0, 139),
-    "ec-dynamic": ("EC, dynamic", "expert_choice", SAMPLE_POOL, 11.9, 0.97, 138),
-    "diffmoe-static": ("DiffMoE, static", "diffmoe", {"kind": EC, "inference": "static"}, 7.6, 1.0, 139),
-    "diffmoe": ("DiffMoE, dynamic", "diffmoe", {"kind": EC}, 7.2, 0.95, 137),
-    "diffmoe-predictor": ("DiffMoE, per token", "diffmoe", {"kind": EC, "selection": "predictor"}, 7.3, 0.96, 137),
+    "ec-static": ("EC (static)", "expert_choice", SAMPLE_POOL | {"inference": "static"}, 8.1, 1.0, 139),
+    "ec-dynamic": ("EC (dynamic)", "expert_choice", SAMPLE_POOL, 11.9, 0.97, 138),
+    "diffmoe-static": ("DiffMoE (static)", "diffmoe", {"kind": EC, "inference": "static"}, 7.6, 1.0, 139),
+    "diffmoe": ("DiffMoE (dynamic)", "diffmoe", {"kind": EC}, 7.2, 0.95, 137),
+    "diffmoe-predictor": ("DiffMoE (per-token threshold)", "diffmoe", {"kind": EC, "selection": "predictor"}, 7.3, 0.96,
+                          137),
     "expert-race": ("Expert Race", "expert_race", {"kind": RACE}, 7.0, 1.04, 139),
-    "dense-large": ("Dense, larger", "dense", None, 7.4, 1.0, 300),
+    "dense-large": ("Dense (larger)", "dense", None, 7.4, 1.0, 300),
 }
 NUM_CALLS, NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES = 49, 2, 8, 10
 STEPS = range(25, 1001, 25)
@@ -64,7 +65,7 @@ def fake_record(row: str, seed: int, *, scale: str = "digits", spread: float = 0
         activation={"capacity": capacity, "activated_params": 1e3 * activated,
                     "activated_params_strict": 1e3 * (activated + 5), "gflops": activated / 31000,
                     "total_params": 3.3e5} | (_measured(row, capacity, own) if router else {}),
-        threshold_sweep=_sweep(distance, activated) if row in ("diffmoe", "ec-dynamic") and seed == 0 else [],
+        threshold_sweep=_sweep(distance, activated) if row == "diffmoe" and seed == 0 else [],
         environment={"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.14.1"}, "hardware": "2 CPU cores",
                      "threads": 1})
 

@@ -181,7 +181,7 @@ def tokens_per_expert(records: Sequence[Record]) -> Figure:
         table = data[data.label == label].pivot(index="layer", columns="expert", values="share")
         sns.heatmap(table, ax=axes, vmin=0, vmax=limit, center=1, cmap="vlag", cbar=False, linewidths=0.5,
                     linecolor="0.8")
-        axes.set_title(label, fontsize=10)
+        axes.set_title(label, fontsize=9)
         left, bottom = index % columns == 0, index // columns == lines - 1
         axes.set(xlabel="expert" if bottom else "", ylabel="MoE layer" if left else "")
         axes.tick_params(labelsize=8, labelbottom=bottom, labelleft=left)

@@ -47,11 +47,11 @@ class ExpertRace(Router):
     @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
         """Require no more pairs than there are."""
-        require(moe.capacity <= moe.num_experts, "moe.capacity", moe.capacity,
+        require(moe.capacity <= moe.num_experts, "model.moe.capacity", moe.capacity,
                 f"use at most num_experts={moe.num_experts}")
 
     @classmethod
     def check_batch(cls, model: ModelConfig, moe: MoEConfig, batch_size: int) -> None:
         """Require a pair to win."""
-        require(batch_size * model.num_tokens * moe.capacity >= 1, "moe.capacity", moe.capacity,
+        require(batch_size * model.num_tokens * moe.capacity >= 1, "model.moe.capacity", moe.capacity,
                 "no pair of a batch would win: use more")

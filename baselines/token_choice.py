@@ -59,7 +59,7 @@ class TokenChoice(Router):
     @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
         """Require a whole number of experts a token."""
-        require(moe.capacity == int(moe.capacity) and 1 <= moe.capacity <= moe.num_experts, "moe.capacity",
+        require(moe.capacity == int(moe.capacity) and 1 <= moe.capacity <= moe.num_experts, "model.moe.capacity",
                 moe.capacity, f"token choice needs a whole number from 1 to num_experts={moe.num_experts}")
-        require(moe.router.balance_loss_weight >= 0, "moe.router.balance_loss_weight",
+        require(moe.router.balance_loss_weight >= 0, "model.moe.router.balance_loss_weight",
                 moe.router.balance_loss_weight, "use 0 or more")

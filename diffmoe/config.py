@@ -366,7 +366,8 @@ def require_not_negative(config: object, *names: str) -> None:
 
 
 def _section(config: object) -> str:
-    return type(config).__name__.removesuffix("Config").lower()
+    name = type(config).__name__.removesuffix("Config").lower()
+    return {"moe": "model.moe"}.get(name, name)
 
 
 BUILT_IN_ROUTERS = {"expert_choice": "diffmoe.moe.expert_choice:ExpertChoice"}
@@ -382,8 +383,8 @@ def resolve_router(kind: str) -> type:
     try:
         router = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"moe.router.kind={kind}: {remedy} ({error})") from None
-    require(isinstance(router, type) and issubclass(router, Router), "moe.router.kind", kind, remedy)
+        raise ConfigError(f"model.moe.router.kind={kind}: {remedy} ({error})") from None
+    require(isinstance(router, type) and issubclass(router, Router), "model.moe.router.kind", kind, remedy)
     return router
 
 

@@ -109,7 +109,7 @@ class ExpertChoice(Router):
             return num_samples
         if not self.training or self.options.pool_images is None:
             return 1
-        require(num_samples % self.options.pool_images == 0, "moe.router.pool_images", self.options.pool_images,
+        require(num_samples % self.options.pool_images == 0, "model.moe.router.pool_images", self.options.pool_images,
                 f"make the batch of {num_samples} images a whole number of pools")
         return num_samples // self.options.pool_images
 
@@ -163,18 +163,19 @@ class ExpertChoice(Router):
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:
         """Require a predictor for dynamic inference, sane numbers, and a token for each expert of an image's pool."""
         options: ExpertChoiceConfig = moe.router
-        require(options.predictor or options.inference is Inference.STATIC, "moe.router.inference",
+        require(options.predictor or options.inference is Inference.STATIC, "model.moe.router.inference",
                 options.inference.value, "dynamic inference needs predictor: true")
-        require(options.pool is Pool.BATCH or options.pool_images is None, "moe.router.pool_images",
+        require(options.pool is Pool.BATCH or options.pool_images is None, "model.moe.router.pool_images",
                 options.pool_images, "pool: sample has one image a pool; leave it out")
-        require(options.pool_images is None or options.pool_images >= 1, "moe.router.pool_images",
+        require(options.pool_images is None or options.pool_images >= 1, "model.moe.router.pool_images",
                 options.pool_images, "use 1 or more")
-        require(0 <= options.threshold_decay < 1, "moe.router.threshold_decay", options.threshold_decay,
+        require(0 <= options.threshold_decay < 1, "model.moe.router.threshold_decay", options.threshold_decay,
                 "use a number in [0, 1)")
-        require(options.predictor_loss_weight >= 0, "moe.router.predictor_loss_weight", options.predictor_loss_weight,
-                "use 0 or more")
+        require(options.predictor_loss_weight >= 0, "model.moe.router.predictor_loss_weight",
+                options.predictor_loss_weight, "use 0 or more")
         require(options.global_threshold is None or math.isfinite(options.global_threshold),
-                "moe.router.global_threshold", options.global_threshold, "use a probability, or null for the averages")
+                "model.moe.router.global_threshold", options.global_threshold,
+                "use a probability, or null for the averages")
         if options.pool is Pool.SAMPLE:
             tokens_an_expert_takes(model.num_tokens, moe.num_experts, moe.capacity, "an image")
 
@@ -184,6 +185,6 @@ class ExpertChoice(Router):
         options: ExpertChoiceConfig = moe.router
         if options.pool is Pool.BATCH:
             images = cls.pool_images(moe, batch_size)
-            require(batch_size % images == 0, "moe.router.pool_images", images,
+            require(batch_size % images == 0, "model.moe.router.pool_images", images,
                     f"make training.batch_size={batch_size} a multiple of it")
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")

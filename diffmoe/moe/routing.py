@@ -186,8 +186,8 @@ def tokens_an_expert_takes(num_tokens: int, num_experts: int, capacity: float, w
         ConfigError: when an expert would take no token, or more than there are.
     """
     k = int(num_tokens / num_experts * capacity)
-    require(k >= 1, "moe.capacity", capacity,
+    require(k >= 1, "model.moe.capacity", capacity,
             f"{num_experts} experts would take {capacity * num_tokens / num_experts:.3g} tokens each of the "
             f"{num_tokens} in {where}: use fewer experts or more capacity")
-    require(k <= num_tokens, "moe.capacity", capacity, f"use at most num_experts={num_experts}")
+    require(k <= num_tokens, "model.moe.capacity", capacity, f"use at most num_experts={num_experts}")
     return k

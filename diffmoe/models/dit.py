@@ -14,11 +14,12 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from diffmoe.config import Backend, ModelConfig
-from diffmoe.models.layers import FinalLayer, TimestepEmbedder, modulate, sincos_positions, unpatchify
+from diffmoe.models.layers import FinalLayer, TimestepEmbedder, modulate, patchify, sincos_positions, unpatchify
 from diffmoe.moe.layer import MoE
 from diffmoe.moe.routing import Routing
 
@@ -90,7 +91,9 @@ class DiT(nn.Module):
             labels_B: int64 classes; `config.null_label` for none.
             row_bound: rows that a dynamic router may lay out, in units of S; None counts them on the host.
         """
-        x = self.patch_embed(x_BCHW) + self.positions
+        projection = self.patch_embed.proj  # as a product: a convolution would leave tokens transposed in memory
+        patches = patchify(x_BCHW, self.config.patch_size)
+        x = F.linear(patches, projection.weight.flatten(1), projection.bias) + self.positions
         condition = self.time_embed(t_B) + self.label_embed(labels_B)
         routings = []
         for block in self.blocks:

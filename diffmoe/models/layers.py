@@ -48,6 +48,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x_BTD), shift, scale))
 
 
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Turn (B, C, H, W) into row-major tokens (B, T, C * patch * patch), channel slowest."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
 def unpatchify(patches: Tensor, height: int, patch_size: int) -> Tensor:
     """Turn (B, T, patch * patch * channels) into (B, channels, H, W); tokens are row-major."""
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch_size, q=patch_size)

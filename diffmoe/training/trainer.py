@@ -20,6 +20,7 @@ from diffmoe.diffusion import build_process
 from diffmoe.models.dit import ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
+from diffmoe.training.graph import GraphedGradients
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             fused=device.type == "cuda")
+        graphed = config.runtime.compile and device.type == "cuda" and world.size == 1
+        self.gradients = GraphedGradients(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
         self.step = 0
@@ -111,6 +114,21 @@ class Trainer:
         """Make one optimiser step; return its losses, this process's mean, detached and still on the device."""
         training = self.config.training
         batch = self.batch(self.step).rows(self.world.share(training.batch_size))
+        losses, observed = self.gradients(batch.images, batch.labels, batch.noise, batch.times)
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * self._warmup_factor()
+        self.optimizer.step()
+        if observed:
+            self.model.update_routers(self.world.mean(observed), self.step)
+        self.ema.update(self.model, training.ema_decay)
+        self.step += 1
+        return losses
+
+    def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Set the gradients of a batch (its four tensors); return its losses and what the routers observed."""
+        batch = Batch(*inputs)
         num_parts = len(batch.images) // self.micro_batch
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -122,16 +140,7 @@ class Trainer:
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
-        if training.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate * self._warmup_factor()
-        self.optimizer.step()
-        if observed:
-            self.model.update_routers(self.world.mean(observed), self.step)
-        self.ema.update(self.model, training.ema_decay)
-        self.step += 1
-        return total
+        return total, observed
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser."""
@@ -179,7 +188,7 @@ def micro_batch_size(config: RunConfig, world: World) -> int:
         pool = resolve_router(config.model.moe.router.kind).pool_images(config.model.moe, batch)
         require(micro % pool == 0, "runtime.micro_batch_size", micro,
                 f"the router's pool spans {pool} images, which smaller micro-batches would cut: use a multiple of "
-                f"{pool}, or make a smaller pool (moe.router.pool_images) part of the method")
+                f"{pool}, or make a smaller pool (model.moe.router.pool_images) part of the method")
     return micro
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from diffmoe.config import Backend, ModelConfig
+from diffmoe.models.attention import Attention
 from diffmoe.models.layers import FinalLayer, TimestepEmbedder, modulate, patchify, sincos_positions, unpatchify
 from diffmoe.moe.layer import MoE
 from diffmoe.moe.routing import Routing

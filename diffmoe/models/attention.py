@@ -1,0 +1,39 @@
+"""Self-attention over an image's tokens; for few tokens in bf16 on a GPU a kernel that reads q, k, v where they lie.
+
+A library kernel wants q, k and v apart and returns their gradients apart, which are then copied together; its
+backward makes three passes. With T <= 128 tokens one program holds a head of an image whole: one pass forward, one
+backward (probabilities are computed again), in a fixed order.
+Shapes: B samples, T tokens, H heads, K their width, D = H K.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+if HAS_TRITON := importlib.util.find_spec("triton") is not None:
+    from diffmoe.models.attention_kernels import packed_attention
+
+FUSED_TOKENS = (16, 32, 64, 128)
+FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
+
+
+class Attention(timm.layers.Attention):
+    """Multi-head self-attention, with timm's parameters."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Map tokens (B, T, D) to (B, T, D)."""
+        qkv = self.qkv(x_BTD)
+        if self._is_fused(qkv):
+            return self.proj(packed_attention(qkv, self.num_heads))
+        q, k, v = rearrange(qkv, "b t (n h k) -> n b h t k", n=3, h=self.num_heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))
+
+    def _is_fused(self, qkv: Tensor) -> bool:
+        return (HAS_TRITON and qkv.is_cuda and qkv.dtype is torch.bfloat16 and qkv.shape[1] in FUSED_TOKENS
+                and self.head_dim in FUSED_HEAD_WIDTHS)

@@ -442,7 +442,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML files, each laid over the ones before, then `key.path=value` overrides (values are YAML).
 
-    A scale's file is a whole run; a system's file replaces what it names, usually `model.moe`.
+    A scale's file is a whole run; a system's file is laid over it, usually over `model.moe`. Another router drops the
+    options of the former, and a `size` its shape.
 
     Raises:
         ConfigError: for anything that cannot be used, with the key and the remedy.

@@ -5,7 +5,7 @@ Shapes: N images, K network calls, L mixture-of-experts layers, E experts; the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +58,17 @@ class CapacityMeter:
 
 
 @torch.no_grad()
-def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int], *, labels: Tensor | None = None,
-                  report: Callable[[int], None] = lambda done: None) -> Samples:
+def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Samples:
     """Draw one image a seed.
 
     Args:
         model: network in eval mode, on the device to use.
         config: process, sampling and precision of the run.
         seeds: image i's label (seed modulo the classes), start and step noise depend on seeds[i] alone.
-        labels: int64 (N,) in place of the seeds' labels.
-        report: called with the number of images done, after each batch.
 
     `selection: gate` couples the images of a sampling batch by definition; everything else does not.
     """
-    if labels is None:
-        labels = torch.tensor(seeds) % config.model.num_classes
+    labels = torch.tensor(seeds) % config.model.num_classes
     parts, capacity, load = [], [], []
     size = config.sampling.batch_size
     for start in range(0, len(seeds), size):
@@ -86,7 +82,6 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int], *, labels
         if meter.capacity:
             capacity.append(torch.stack(meter.capacity).cpu())
             load.append(torch.stack(meter.load).cpu() * len(images))
-        report(min(start + size, len(seeds)))
     return Samples(torch.cat(parts), labels, torch.cat(capacity, 1) if capacity else None,
                    sum(load) / len(seeds) if load else None)
 

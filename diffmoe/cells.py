@@ -18,9 +18,9 @@ import yaml
 
 from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData
-from diffmoe.evaluation.extractors import classify, distance_name
+from diffmoe.evaluation.extractors import classify, distance_name, weights_file
 from diffmoe.evaluation.grid import save_class_grid
-from diffmoe.evaluation.metrics import measure
+from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.records import Record, environment, write_record
@@ -48,6 +48,11 @@ class Cell:
 
     row: Row
     seed: int
+
+    @property
+    def name(self) -> str:
+        """Name the cell to a reader."""
+        return f"{self.row.label}, seed {self.seed}"
 
     def record_id(self, data: ImageData) -> str:
         """Name the record that this cell writes."""
@@ -109,6 +114,25 @@ def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Ro
 def missing_cells(rows: Sequence[Row], seeds: Sequence[int], data: ImageData, store: Store) -> list[Cell]:
     """Return the cells without a record: seed by seed, and in a seed in the rows' order."""
     return [cell for seed in seeds for cell in (Cell(row, seed) for row in rows) if not store.has(cell, data)]
+
+
+def check_cells(cells: Sequence[Cell], data: ImageData) -> None:
+    """Find before any work what would stop a cell after its training.
+
+    Raises:
+        ConfigError: for samples that cannot be measured.
+    """
+    for evaluation in {cell.row.config.evaluation for cell in cells}:
+        check_counts(evaluation.num_samples, len(data.images), evaluation.kid_subset_size)
+        weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
+
+
+def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Put cells that share a training run together, in the order of each group's first cell."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((digest(cell.row.config, scope="training"), cell.seed), []).append(cell)
+    return list(groups.values())
 
 
 def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torch.device, *,

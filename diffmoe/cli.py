@@ -11,6 +11,9 @@ from tqdm import tqdm
 from diffmoe.config import ConfigError
 from diffmoe.training.run import Interrupted
 
+LOGGED_EVERY_S = 30.0
+"""Seconds between two lines of progress where nobody watches a terminal."""
+
 
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Call `main` with the command line's arguments and return the exit code.
@@ -33,21 +36,26 @@ def run_command(main: Callable[[list[str]], int]) -> int:
 class TrainingBar:
     """A progress bar: the run's name, step, losses and time left; none for a run that has nothing to do."""
 
-    def __init__(self, name: str, num_steps: int, *, enabled: bool = True) -> None:
-        self.options = {"desc": name, "total": num_steps, "disable": not enabled}
+    def __init__(self, name: str, num_steps: int, *, enabled: bool = True, leave: bool = True) -> None:
+        self.options = {"desc": name, "total": num_steps, "disable": not enabled, "leave": leave}
         self.bar: tqdm | None = None
 
     def __enter__(self) -> TrainingBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, or leave its last state."""
         if self.bar is not None:
             self.bar.close()
 
     def update(self, step: int, losses: dict[str, float]) -> None:
         """Show a run that has made `step` steps; the speed is that of this process."""
         if self.bar is None:
-            self.bar = tqdm(initial=step - 1, unit="step", mininterval=1.0, **self.options)
+            interval = 1.0 if sys.stderr.isatty() else LOGGED_EVERY_S
+            self.bar = tqdm(initial=step - 1, unit="step", mininterval=interval, dynamic_ncols=True, **self.options)
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
 

@@ -13,9 +13,16 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
-from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell, run_name
+import torch
+from tqdm import tqdm
+
+from diffmoe.cells import Cell, Store, check_cells, group_by_training, load_rows, missing_cells, run_cell, run_name
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import ConfigError
 from diffmoe.data import load_data
@@ -24,7 +31,7 @@ from diffmoe.report.__main__ import write_report
 from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.training.run import Interrupted
+from diffmoe.workers import RunCell, cpu_count, run_groups
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path("results")
@@ -41,6 +48,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
                         help="save and stop after this long; the same command goes on")
+    parser.add_argument("--jobs", type=int, metavar="N",
+                        help="processes at work at a time, each with one thread (default: a core each; on a GPU 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     parser.add_argument("--dry-run", action="store_true", help="list the missing cells")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/records and stop")
@@ -54,42 +63,79 @@ def main(arguments: list[str]) -> int:
         return publish(store, RESULTS / options.scale)
     rows = load_rows(options.rows, scale, options.overrides)
     data = load_data(rows[0].config.data, rows[0].config.model)
+    device = choose_device(rows[0].config.runtime.device)
     cells = missing_cells(rows, range(options.seeds), data, store)
+    check_cells(cells, data)
+    groups = group_by_training(cells)
+    jobs = min(options.jobs or (1 if device.type == "cuda" else cpu_count()), max(1, len(groups)))
     wanted = len(rows) * options.seeds
-    print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run")
+    print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run, "
+          f"{jobs} at a time; {estimate(groups, jobs, RESULTS / options.scale)}", flush=True)
     if options.dry_run:
         for cell in cells:
             print(f"  {cell.record_id(data)}")
         return 0
-    deadline = time.monotonic() + 60 * options.time_budget
-    device = choose_device(rows[0].config.runtime.device)
-    for index, cell in enumerate(cells):
-        if time.monotonic() > deadline:
-            raise Interrupted(None)
-        print(f"[{index + 1}/{len(cells)}] {cell.row.label}, seed {cell.seed}", flush=True)
-        with TrainingBar(f"{cell.row.system} seed {cell.seed}", cell.row.config.training.num_steps) as bar:
-            record = run_cell(cell, options.scale, data, store, device, deadline=deadline, progress=bar.update)
-        print(_summary(record), flush=True)
-        if _ends_a_seed(cells, index):
-            _print_table(store)
+    if cells:
+        torch.set_num_threads(1)  # of the CPU: as in several processes, so that a result is one at any --jobs
+        run = partial(run_cell, scale=options.scale, data=data, store=store, device=device,
+                      deadline=time.monotonic() + 60 * options.time_budget)
+        _run(groups, run, jobs, store)
     write_report(store.folder)
-    if not cells:
-        _print_table(store)
+    print(format_table(results_table(read_records(store.records))))
     print(f"table, verdicts and figures: {store.folder}")
     return 0
 
 
+def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store) -> None:
+    """Run the cells, show how far each is, and print the table whenever a seed is complete."""
+    left = Counter(cell.seed for group in groups for cell in group)
+    bars: dict[str, TrainingBar] = {}
+
+    def watch(cell: Cell, step: int, losses: dict[str, float]) -> None:
+        steps = cell.row.config.training.num_steps
+        bar = bars.setdefault(cell.name, TrainingBar(cell.name, steps, leave=False))
+        bar.update(step, losses)
+        if step == steps:
+            bar.close()
+
+    with ExitStack() as stack:
+        overall = stack.enter_context(tqdm(total=left.total(), desc="cells", unit="cell"))
+        stack.callback(lambda: [bar.close() for bar in bars.values()])
+        for record in stack.enter_context(closing(run_groups(groups, run, jobs, watch))):
+            tqdm.write(_summary(record))
+            overall.update()
+            left[record.seed] -= 1
+            if left[record.seed] == 0 and left.total():
+                complete = [record for record in read_records(store.records) if not left[record.seed]]
+                tqdm.write(f"\n{format_table(results_table(complete))}\n")
+
+
+def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:
+    """Say how long groups of cells take by the times of the published records of their rows."""
+    seconds: dict[str, list[tuple[float, float]]] = {}
+    for record in read_records(published / "records"):
+        measured = record.sampling["seconds"] + record.evaluation["seconds"]
+        times = record.training["seconds"], measured * (1 + len(record.threshold_sweep))
+        seconds.setdefault(record.row, []).append(times)
+    if not all(cell.row.key in seconds for group in groups for cell in group):
+        return "no published record to estimate the time from"
+    total = sum(mean(training for training, _ in seconds[group[0].row.key])
+                + sum(mean(rest for _, rest in seconds[cell.row.key]) for cell in group) for group in groups)
+    return f"about {total / jobs / 60:.0f} min where the published records were made"
+
+
 def publish(store: Store, folder: Path) -> int:
-    """Copy the user's records beside the published ones and write the report from all of them."""
+    """Copy the user's new records beside the published ones and write the report from all of them."""
     records = read_records(store.records)
     if not records:
         raise ConfigError(f"{store.records}: no record to publish; run make reproduce-table1 first")
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    for record in records:
+    new = [record for record in records if not (folder / "records" / f"{record.id}.json").exists()]
+    for record in new:
         shutil.copy2(store.records / f"{record.id}.json", folder / "records")
-    publish_weights(records, store, folder / "checkpoints")
+    publish_weights(new, store, folder / "checkpoints")
     write_report(folder)
-    print(f"published {len(records)} records to {folder}")
+    print(f"published {len(new)} records to {folder}; {len(records) - len(new)} were there and stay as they are")
     return 0
 
 
@@ -107,19 +153,11 @@ def publish_weights(records: list[Record], store: Store, folder: Path) -> None:
             save_weights(folder / f"{record.row}.safetensors", half, description | {"config": record.config})
 
 
-def _ends_a_seed(cells: list[Cell], index: int) -> bool:
-    return index + 1 == len(cells) or cells[index + 1].seed != cells[index].seed
-
-
-def _print_table(store: Store) -> None:
-    print(f"\n{format_table(results_table(read_records(store.records)))}\n", flush=True)
-
-
 def _summary(record: Record) -> str:
-    return (f"    {record.evaluation['distance_name']} {record.metrics['distance']:.2f}, "
-            f"C {record.activation['capacity']:.3f}; trained {record.training['seconds']:.0f} s, sampled "
-            f"{record.sampling['num_samples']} images in {record.sampling['seconds']:.0f} s, measured in "
-            f"{record.evaluation['seconds']:.0f} s")
+    distance = f"{record.evaluation['distance_name']} {record.metrics['distance']:.2f}"
+    return (f"{record.label}, seed {record.seed}: {distance}, C {record.activation['capacity']:.3f}; trained "
+            f"{record.training['seconds']:.0f} s, sampled {record.sampling['num_samples']} images in "
+            f"{record.sampling['seconds']:.0f} s, measured in {record.evaluation['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

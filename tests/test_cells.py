@@ -108,6 +108,9 @@ def test_the_commands_run_go_on_publish_and_sample(tmp_path, monkeypatch, capsys
     weights = tmp_path / "digits" / "checkpoints" / "diffmoe.safetensors"
     assert weights.stat().st_size < 1_000_000
     assert load_weights(weights)[0]["positions"].dtype is torch.float16
+    capsys.readouterr()
+    assert reproduce.main(["--rows", str(table), "--publish"]) == 0
+    assert "published 0 records" in capsys.readouterr().out
     grid = tmp_path / "grid.png"
     capsys.readouterr()
     assert sample.main(["--weights", str(weights), "--seeds", "0-19", "--out", str(grid)]) == 0

@@ -154,8 +154,8 @@ def test_two_processes_equal_one_in_float64(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     run = subprocess.run(  # by address and interface: a test machine's own name need not resolve
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
-         tmp_path / "worker.py", *paths], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+         "--nproc-per-node", "2", tmp_path / "worker.py", *paths], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
                           "GLOO_SOCKET_IFNAME": loopback})
     assert run.returncode == 0, run.stderr

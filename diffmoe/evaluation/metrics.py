@@ -71,14 +71,24 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
     Raises:
         ConfigError: for inputs that do not fit, before any work; or weights that cannot be had.
     """
-    require(kid_subset_size >= 2, "kid_subset_size", kid_subset_size, "use 2 or more")
-    for count, what in ((len(samples), "samples"), (len(reference.images), "reference images")):
-        require(kid_subset_size <= count, "kid_subset_size", kid_subset_size,
-                f"there are only {count} {what}; use at most {count}, or more {what}")
+    check_counts(len(samples), len(reference.images), kid_subset_size)
     options = fidelity_options(samples, reference, extractor=extractor, device=device, cache_root=cache_root,
                                weights_path=weights_path, batch_size=batch_size)
     options |= {"kid": True, "kid_subset_size": kid_subset_size, "prc": True, "isc": extractor == INCEPTION}
     return _calculate(options)
+
+
+def check_counts(num_samples: int, num_reference: int, kid_subset_size: int) -> None:
+    """Say whether so many samples can be measured, before they are drawn.
+
+    Raises:
+        ConfigError: for fewer than a Frechet distance takes, or than KID's subsets hold.
+    """
+    require(num_samples >= MIN_SAMPLES, "num_samples", num_samples, f"draw {MIN_SAMPLES} or more")
+    require(kid_subset_size >= 2, "kid_subset_size", kid_subset_size, "use 2 or more")
+    for count, what in ((num_samples, "samples"), (num_reference, "reference images")):
+        require(kid_subset_size <= count, "kid_subset_size", kid_subset_size,
+                f"there are only {count} {what}; use at most {count}, or more {what}")
 
 
 def sampling_floor(reference: ImageData, num_samples: int, *, extractor: str, device: torch.device, cache_root: Path,

@@ -1,0 +1,133 @@
+"""Run cells in several processes of one machine, each with one thread, and follow them from here.
+
+One thread a process makes better use of a few cores than several threads of a small network do, and a result then
+does not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+
+from diffmoe.cells import Cell
+from diffmoe.config import ConfigError
+from diffmoe.records import Record
+from diffmoe.training.run import Interrupted
+
+POLL_S = 0.2
+"""Seconds between two looks at what the workers told, and between two messages of a worker."""
+
+RunCell = Callable[..., Record]
+"""`run(cell, progress=...)` runs one cell."""
+Watch = Callable[[Cell, int, dict[str, float]], None]
+"""Told the cell in training, its steps done and its latest losses."""
+
+
+def run_groups(groups: Sequence[Sequence[Cell]], run: RunCell, jobs: int, watch: Watch) -> Iterator[Record]:
+    """Run groups of cells, several groups at a time, and yield each record when it is written.
+
+    Args:
+        groups: the cells of a group share a training run and go one after another.
+        run: goes to each process once, with all that it holds.
+        jobs: processes; with 1 everything runs in this one.
+        watch: called in this process.
+
+    Raises:
+        ConfigError: as the cells do, or when a process died; the others save themselves and stop first.
+        Interrupted: after SIGINT, SIGTERM or the deadline, when every process has saved itself.
+    """
+    if jobs == 1:
+        for cell in (cell for group in groups for cell in group):
+            yield run(cell, progress=partial(watch, cell))
+        return
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    waiting = list(groups)
+    running: dict[Future[Record | int], Sequence[Cell]] = {}  # a cell at work -> the rest of its group
+    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told)) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell, *rest = waiting.pop(0)
+                    running[pool.submit(_run_cell, cell)] = rest
+                done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                _pass_on(told, watch)
+                for future in done:
+                    result = future.result()
+                    if isinstance(result, int):
+                        raise Interrupted(result or None)
+                    if rest := running.pop(future):
+                        waiting.insert(0, rest)
+                    yield result
+        except BaseException as error:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a run in training saves itself first
+            if isinstance(error, BrokenProcessPool):
+                raise ConfigError("a worker process died (out of memory?); run fewer at once with --jobs") from None
+            raise
+
+
+def cpu_count() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pass_on(told: Any, watch: Watch) -> None:
+    while True:
+        try:
+            watch(*told.get_nowait())
+        except queue.Empty:
+            return
+
+
+@contextmanager
+def _raising_on_signals() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_worker: dict[str, Any] = {}
+"""What this worker process was started with."""
+
+
+def _start_worker(run: RunCell, told: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; outside training the parent decides
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # training has a handler of its own
+    torch.set_num_threads(1)
+    _worker.update(run=run, told=told)
+
+
+def _run_cell(cell: Cell) -> Record | int:
+    """Run a cell in a worker; return its record, or the signal that interrupted it (0: the deadline)."""
+    last = time.monotonic()
+
+    def tell(step: int, losses: dict[str, float]) -> None:
+        nonlocal last
+        if time.monotonic() - last > POLL_S:
+            last = time.monotonic()
+            _worker["told"].put((cell, step, losses))
+
+    try:
+        return _worker["run"](cell, progress=tell)
+    except Interrupted as stop:
+        return stop.signum or 0

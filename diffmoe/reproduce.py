@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     scale = CONFIGS / f"{options.scale}.yaml"
     if not scale.exists():
-        raise ConfigError(f"--scale {options.scale}: there is no {scale}")
+        raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}; imagenet256 needs latents, which "
+                          "this version does not train on")
     store = Store(options.out or RESULTS / options.scale / "local")
     if options.publish:
         return publish(store, RESULTS / options.scale)
@@ -122,6 +123,11 @@ def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:
     total = sum(mean(training for training, _ in seconds[group[0].row.key])
                 + sum(mean(rest for _, rest in seconds[cell.row.key]) for cell in group) for group in groups)
     return f"about {total / jobs / 60:.0f} min where the published records were made"
+
+
+def scales() -> list[str]:
+    """Name the scales that have a configuration and a larger dense model."""
+    return sorted(path.stem.removesuffix("-larger") for path in CONFIGS.glob("*-larger.yaml"))
 
 
 def publish(store: Store, folder: Path) -> int:

@@ -12,6 +12,7 @@ from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, digest
 from diffmoe.data import load_data
+from diffmoe.models.counting import count_parameters
 from diffmoe.records import read_records, write_record
 from diffmoe.train import CONFIGS
 from diffmoe.training.checkpoint import load_weights
@@ -50,8 +51,17 @@ def test_rows_that_differ_in_inference_alone_share_one_training(rows, measured):
     assert records["ec-static"].training == records["ec-dynamic"].training
 
 
-def test_a_larger_dense_row_is_larger(rows):
-    assert rows["dense-large"].config.model.hidden_size > rows["dense"].config.model.hidden_size
+@pytest.mark.parametrize("scale", reproduce.scales())
+def test_every_scale_has_every_row(scale):
+    rows = {row.key: row.config for row in load_rows(ROWS, CONFIGS / f"{scale}.yaml")}
+    assert len({digest(config) for config in rows.values()}) == 9
+    ratio = count_parameters(rows["dense-large"].model).total / count_parameters(rows["dense"].model).total
+    assert 1.5 < ratio < 3  # the paper's "matches dense models of 1.5 to 3 times the activated parameters"
+
+
+def test_a_scale_that_is_not_there_is_one_line_that_names_the_others():
+    with pytest.raises(ConfigError, match=r"--scale imagenet256: there is cifar10, digits; .* latents"):
+        reproduce.main(["--rows", str(ROWS), "--scale", "imagenet256"])
 
 
 def test_recorded_cells_are_done_and_the_rest_comes_seed_by_seed(rows, data, measured):

@@ -19,12 +19,13 @@ import yaml
 from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData
 from diffmoe.evaluation.extractors import classify, distance_name, weights_file
-from diffmoe.evaluation.grid import save_class_grid
+from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, write_record
-from diffmoe.training.run import Progress, TrainedRun, train_run
+from diffmoe.training.run import Progress, train_run
 
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
 """Global thresholds of the paper's interval search that span a capacity from 0.7 to 2.3 there."""
@@ -39,7 +40,7 @@ class Row:
     system: str
     config: RunConfig
     threshold_sweep: bool = False
-    """Also sample with one global threshold, several times, from the checkpoint of the first seed."""
+    """Also sample with one global threshold, several times, from each seed's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     """
     config = cell.row.config
     folder = store.run_folder(cell, data)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     run = train_run(config, cell.seed, data, folder, device, deadline=deadline, progress=progress)
     model = run.load_average(config, device)
     started = time.perf_counter()
@@ -160,7 +163,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     started = time.perf_counter()
     metrics = _measure(samples, config, data, store, device)
     evaluation_s = time.perf_counter() - started
-    sweep = _sweep(cell, run, data, store, device) if cell.row.threshold_sweep and cell.seed == 0 else []
+    sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=to_dict(config), config_digest=digest(config),
@@ -174,7 +177,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s, "reference": data.digest,
                     "distance_name": distance_name(config.evaluation.extractor)},
         metrics=metrics, activation=activation(config, samples), threshold_sweep=sweep,
-        environment=environment(device))
+        examples=examples(samples.images, samples.labels, samples.token_load), environment=environment(device))
     write_record(store.records, record)
     return record
 
@@ -189,8 +192,15 @@ def activation(config: RunConfig, samples: Samples) -> dict[str, Any]:
     if samples.capacity is None:
         return found
     by_class = [samples.capacity[:, samples.labels == label].mean().item() for label in range(config.model.num_classes)]
+    thirds = samples.position_load.tensor_split(min(3, len(samples.position_load)))
+    by_third = torch.stack([calls.mean(0) for calls in thirds])
     return found | {"capacity_by_call": samples.capacity.mean(1).tolist(), "capacity_by_class": by_class,
-                    "expert_load": samples.expert_load.mean(0).tolist()}
+                    "expert_load": samples.expert_load.mean(0).tolist(),
+                    "load_by_position": _rounded(samples.position_load.mean(0)), "load_by_third": _rounded(by_third)}
+
+
+def _rounded(load: torch.Tensor) -> list[Any]:
+    return load.double().round(decimals=4).tolist()  # short in a file; one pair in a thousand images is less
 
 
 def _measure(samples: Samples, config: RunConfig, data: ImageData, store: Store,
@@ -204,15 +214,16 @@ def _measure(samples: Samples, config: RunConfig, data: ImageData, store: Store,
     return found
 
 
-def _sweep(cell: Cell, run: TrainedRun, data: ImageData, store: Store, device: torch.device) -> list[dict[str, float]]:
+def _sweep(cell: Cell, model: DiT, data: ImageData, store: Store, device: torch.device) -> list[dict[str, float]]:
     points = []
     for threshold in SWEEP_THRESHOLDS:
+        started = time.perf_counter()
         config = _with_threshold(cell.row.config, threshold)
-        samples = sample_images(run.load_average(config, device), config, range(config.evaluation.num_samples))
+        samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
         found = activation(config, samples)
         distance = _measure(samples, config, data, store, device)["distance"]
         points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
-                       "activated_params": found["activated_params"]})
+                       "activated_params": found["activated_params"], "seconds": time.perf_counter() - started})
     return points
 
 

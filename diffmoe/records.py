@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,11 +57,15 @@ class Record:
     """`distance`, `kid`, `kid_std`, `precision`, `recall`, and what else the extractor gives (`class_accuracy`)."""
     activation: dict[str, Any]
     """Measured over all sampling calls: `capacity`, `activated_params` (paper), `activated_params_strict`, `gflops`,
-    `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E)."""
+    `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E), and experts a token
+    at each position, row by row: `load_by_position` (T), `load_by_third` (3, T; the first third starts at noise)."""
     threshold_sweep: list[dict[str, float]] = field(default_factory=list)
-    """Inference with one global threshold: `threshold`, `capacity`, `activated_params`, `distance`."""
+    """Inference with one global threshold: `threshold`, `capacity`, `activated_params`, `distance`, `seconds`."""
+    examples: dict[str, Any] = field(default_factory=dict)
+    """First images of the first classes: `labels` [n], `images` (base64 of one PNG strip), for mixtures `token_load` (n, T).
+    Empty for latents."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """`commit`, `dirty`, `versions`, `hardware`, `threads`."""
+    """`commit`, `dirty`, `versions`, `hardware`, `machine`, `threads`, `peak_memory_bytes`."""
     schema: int = SCHEMA
 
 
@@ -108,7 +114,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
-            "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads()}
+            "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process held so far: tensors on a GPU (until its peak is reset), else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git(*arguments: str) -> str:

@@ -1,9 +1,13 @@
-"""Sample grids as PNG files."""
+"""Sample grids as PNG files, and the example images that a record holds."""
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -15,8 +19,9 @@ SMALLEST_SIDE = 48
 GAP = 4
 """Black pixels on each side of an image."""
 
-
 IMAGES_A_CLASS = 10
+EXAMPLES_A_CLASS, MOST_EXAMPLE_CLASSES = 2, 10
+"""Examples of a record: some 100 kB at 32x32 pixels."""
 
 
 def save_class_grid(path: Path, images: Tensor, labels: Tensor) -> None:
@@ -34,3 +39,31 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
     pixels = rearrange(images, "(r q) c h w -> (r h) (q w) c", q=columns)
     Image.fromarray(pixels.squeeze(-1).numpy() if images.shape[1] == 1 else pixels.numpy()).save(path)
+
+
+def examples(images: Tensor, labels: Tensor, token_load: Tensor | None) -> dict[str, Any]:
+    """Return the first images of the first classes as a record holds them, class by class.
+
+    Args:
+        images: uint8 (N, C, H, W); nothing is returned unless C is 1 or 3 (latents are no pictures).
+        labels: (N,).
+        token_load: (N, T) experts of each token, or None for a dense model.
+
+    Returns:
+        `labels` [n], `images` (base64 of a lossless PNG, the images side by side) and `token_load` [n][T].
+    """
+    if images.shape[1] not in (1, 3):
+        return {}
+    classes = labels.unique()[:MOST_EXAMPLE_CLASSES]
+    chosen = torch.cat([(labels == label).nonzero().flatten()[:EXAMPLES_A_CLASS] for label in classes])
+    strip = rearrange(images[chosen], "n c h w -> h (n w) c").numpy()
+    file = io.BytesIO()
+    Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip).save(file, "PNG", optimize=True)
+    found = {"labels": labels[chosen].tolist(), "images": base64.b64encode(file.getvalue()).decode()}
+    return found if token_load is None else found | {"token_load": token_load[chosen].double().round(decimals=4).tolist()}
+
+
+def decode_examples(found: dict[str, Any]) -> np.ndarray:
+    """Return the images of a record's examples, uint8 (n, H, W) or (n, H, W, 3)."""
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["images"]))))
+    return np.stack(np.split(strip, len(found["labels"]), axis=1))

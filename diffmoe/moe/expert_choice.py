@@ -73,10 +73,10 @@ class ExpertChoice(Router):
     """Experts choose tokens; see the file's docstring."""
 
     Config = ExpertChoiceConfig
+    options: ExpertChoiceConfig
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
         super().__init__(model, moe)
-        self.options: ExpertChoiceConfig = moe.router
         if self.options.predictor:
             width = model.hidden_size
             self.predictor = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, moe.num_experts))

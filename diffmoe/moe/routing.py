@@ -120,6 +120,7 @@ class Router(nn.Module, abc.ABC):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
+        self.options = moe.router  # read at each call: inference options may change after training
         self.num_experts = moe.num_experts
         self.capacity = moe.capacity
         self.gate = nn.Linear(model.hidden_size, moe.num_experts, bias=False)

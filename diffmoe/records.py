@@ -57,13 +57,13 @@ class Record:
     """`distance`, `kid`, `kid_std`, `precision`, `recall`, and what else the extractor gives (`class_accuracy`)."""
     activation: dict[str, Any]
     """Measured over all sampling calls: `capacity`, `activated_params` (paper), `activated_params_strict`, `gflops`,
-    `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E), and experts a token
-    at each position, row by row: `load_by_position` (T), `load_by_third` (3, T; the first third starts at noise)."""
+    `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E), and experts a
+    token by position, row-major: `load_by_position` (T) and `load_by_third` of the calls (3, T)."""
     threshold_sweep: list[dict[str, float]] = field(default_factory=list)
     """Inference with one global threshold: `threshold`, `capacity`, `activated_params`, `distance`, `seconds`."""
     examples: dict[str, Any] = field(default_factory=dict)
-    """First images of the first classes: `labels` [n], `images` (base64 of one PNG strip), for mixtures `token_load` (n, T).
-    Empty for latents."""
+    """First images of the first classes, none of latents: `labels` [n], `images` (base64 of one PNG strip) and, for
+    mixtures, `token_load` (n, T)."""
     environment: dict[str, Any] = field(default_factory=dict)
     """`commit`, `dirty`, `versions`, `hardware`, `machine`, `threads`, `peak_memory_bytes`."""
     schema: int = SCHEMA
@@ -119,7 +119,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this process held so far: tensors on a GPU (until its peak is reset), else resident."""
+    """Return the most memory that this process held: of tensors since the peak's reset on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,7 +1,7 @@
 """Write a results folder's table, verdicts and figures from its records, or check that they follow from them.
 
-    python -m diffmoe.report results/digits            reads records/*.json, writes table.md, table.csv, verdicts.md
-                                                       and figures/ (PNG, and the data of each as CSV)
+    python -m diffmoe.report results/digits            reads records/*.json, writes table.md, table.csv, verdicts.md,
+                                                       cost.md and figures/ (PNG, and the data of each as CSV)
     python -m diffmoe.report results/digits --check    exit 1 when a file does not follow from the records
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
 from diffmoe.records import Record, read_records
+from diffmoe.report.cost import cost_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
-from diffmoe.report.figures import figures_csv, write_figures
+from diffmoe.report.figures import data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
 from diffmoe.report.verdicts import verdicts_markdown
 
@@ -30,7 +31,7 @@ def report_files(records: Sequence[Record]) -> dict[str, str]:
         ConfigError: for records that cannot stand in one table.
     """
     return {"table.md": table_markdown(records), "table.csv": table_csv(records),
-            "verdicts.md": verdicts_markdown(records)} | {
+            "verdicts.md": verdicts_markdown(records), "cost.md": cost_markdown(records)} | {
         f"{FIGURES}/{name}.csv": text for name, text in figures_csv(records).items()}
 
 
@@ -54,7 +55,7 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def check_report(folder: Path) -> list[str]:
-    """Return a line for each file that does not follow from the records; of a figure, its data and that it is there.
+    """Return a line for each file that does not follow from the records; of a picture, whether their data was drawn.
 
     Raises:
         ConfigError: for records that cannot be read or stand in one table.
@@ -70,8 +71,12 @@ def check_report(folder: Path) -> list[str]:
             line = next((number for number, (ours, theirs) in pairs if ours != theirs), "its end")
             problems.append(f"{path}: does not follow from the records, see line {line}")
         picture = path.with_suffix(".png")
-        if path.parent.name == FIGURES and not picture.is_file():
+        if path.parent.name != FIGURES:
+            continue
+        if not picture.is_file():
             problems.append(f"{picture}: missing")
+        elif drawn_from(picture) != data_digest(expected):
+            problems.append(f"{picture}: was not drawn from these records")
     return problems + [f"{path}: the records have no data for it" for path in _strays(folder, files)]
 
 

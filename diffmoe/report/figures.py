@@ -5,6 +5,7 @@ One colour a system, one marker a row. Error bars and bands are the sd over seed
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,18 +20,26 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from diffmoe.records import Record
+from diffmoe.report.panels import (
+    computation,
+    computation_data,
+    expert_load_data,
+    samples,
+    samples_data,
+    tokens_per_expert,
+)
+from diffmoe.report.style import SYSTEMS, row_columns, scale_note, set_theme, system_colour
 from diffmoe.report.table import group_rows
 
-SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffmoe": "DiffMoE",
-           "expert_race": "Expert Race"}
-COLOURS = dict(zip(SYSTEMS, ("#5b5b5b", "#de8f05", "#0173b2", "#d1332e", "#029e73"), strict=True))
-OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
-"""For systems that a user adds, in alphabetical order."""
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
 SWEPT = "threshold swept"
 DPI = 150
+CAPACITY_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 14, 20, 30, 50)
+DRAWN_FROM = "Data digest"
+"""Text entry of a PNG."""
 MOST_NAMED_CLASSES = 20
 
 
@@ -40,7 +49,7 @@ def points_data(records: Sequence[Record]) -> pd.DataFrame:
     for record in (record for rows in group_rows(records).values() for record in rows):
         own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"]}
         for point in (own, *record.threshold_sweep):
-            lines.append(_keys(record) | {"training_digest": record.training_digest} | {
+            lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
                 key: point[key] for key in ("threshold", "capacity", "activated_params", "distance")})
     return pd.DataFrame(lines)
 
@@ -54,33 +63,21 @@ def losses_data(records: Sequence[Record]) -> pd.DataFrame:
     lines = []
     for record in runs.values():
         alone = len(trainings[record.system]) == 1
-        keys = _keys(record) | {"label": SYSTEMS.get(record.system, record.system) if alone else record.label}
-        lines += [keys | {"step": step, "loss": losses["mse"]} for step, losses in record.training["losses"]]
+        columns = row_columns(record) | {"label": SYSTEMS.get(record.system, record.system) if alone else record.label}
+        lines += [columns | {"step": step, "loss": losses["mse"]} for step, losses in record.training["losses"]]
     return pd.DataFrame(lines)
 
 
 def calls_data(records: Sequence[Record]) -> pd.DataFrame:
     """Return the capacity of each sampling call (from 1) of the rows whose capacity moves."""
-    return pd.DataFrame([_keys(record) | {"call": call, "capacity": capacity} for record in _dynamic(records)
+    return pd.DataFrame([row_columns(record) | {"call": call, "capacity": capacity} for record in _dynamic(records)
                          for call, capacity in enumerate(record.activation["capacity_by_call"], 1)])
 
 
 def classes_data(records: Sequence[Record]) -> pd.DataFrame:
     """Return the capacity of each class of the rows whose capacity moves."""
-    return pd.DataFrame([_keys(record) | {"class": label, "capacity": capacity} for record in _dynamic(records)
+    return pd.DataFrame([row_columns(record) | {"class": label, "capacity": capacity} for record in _dynamic(records)
                          for label, capacity in enumerate(record.activation["capacity_by_class"])])
-
-
-def expert_load_data(records: Sequence[Record]) -> pd.DataFrame:
-    """Return pairs a token of each layer and expert, of each row's first seed: two seeds order experts differently."""
-    firsts = [rows[0] for rows in group_rows(records).values() if "expert_load" in rows[0].activation]
-    return pd.DataFrame([_keys(record) | {"layer": layer, "expert": expert, "load": load} for record in firsts
-                         for layer, loads in enumerate(record.activation["expert_load"], 1)
-                         for expert, load in enumerate(loads, 1)])
-
-
-def _keys(record: Record) -> dict[str, object]:
-    return {"row": record.row, "label": record.label, "system": record.system, "seed": record.seed}
 
 
 def _dynamic(records: Sequence[Record]) -> list[Record]:
@@ -101,7 +98,7 @@ def distance_against_parameters(records: Sequence[Record]) -> Figure:
     for system, group in data[data.threshold.isna()].groupby("system", sort=False):
         sizes = group.groupby("row")[["activated_params", "distance"]].mean().sort_values("activated_params")
         if group.training_digest.nunique() == len(sizes) > 1:
-            axes.plot(sizes.activated_params, sizes.distance, color=_colour(system, records), lw=1.2, zorder=1)
+            axes.plot(sizes.activated_params, sizes.distance, color=system_colour(system, records), lw=1.2, zorder=1)
     _row_points(axes, data, "activated_params", records)
     _sweeps(axes, data, "activated_params", records)
     return _finish(figure, axes)
@@ -114,12 +111,13 @@ def distance_against_capacity(records: Sequence[Record]) -> Figure:
                           "capacity C: experts a token, measured; small numbers: the threshold",
                           _distance_axis(records))
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=8)
     _row_points(axes, data, "capacity", records)
     _sweeps(axes, data, "capacity", records, named=True)
     axes.margins(y=0.1)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in CAPACITY_TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     return _finish(figure, axes)
 
 
@@ -165,36 +163,6 @@ def capacity_by_class(records: Sequence[Record]) -> Figure:
     return _finish(figure, axes)
 
 
-def tokens_per_expert(records: Sequence[Record]) -> Figure:
-    """Draw the load of every expert of every layer, 1 where all work alike; the first seed of each row."""
-    data = expert_load_data(records)
-    data["share"] = data.load / data.groupby(["row", "layer"]).load.transform("mean")
-    labels = list(dict.fromkeys(data.label))
-    columns = min(4, len(labels))
-    lines = math.ceil(len(labels) / columns)
-    layers = data.layer.nunique()
-    _theme()
-    size = (9, 0.9 + lines * (0.75 + min(0.35 * layers, 3)))
-    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    limit = max(data.share.max(), 2)
-    for index, (axes, label) in enumerate(zip(grid.flat, labels, strict=False)):
-        table = data[data.label == label].pivot(index="layer", columns="expert", values="share")
-        sns.heatmap(table, ax=axes, vmin=0, vmax=limit, center=1, cmap="vlag", cbar=False, linewidths=0.5,
-                    linecolor="0.8")
-        axes.set_title(label, fontsize=9)
-        left, bottom = index % columns == 0, index // columns == lines - 1
-        axes.set(xlabel="expert" if bottom else "", ylabel="MoE layer" if left else "")
-        axes.tick_params(labelsize=8, labelbottom=bottom, labelleft=left)
-    for axes in grid.flat[len(labels):]:
-        axes.set_axis_off()
-    bar = figure.colorbar(grid.flat[0].collections[0], ax=grid, shrink=0.8, pad=0.02)
-    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    title = f"Tokens per expert at inference\n{_note(records, metric=False)}, seed {data.seed.min()}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
-
-
 Frame, Draw = Callable[[Sequence[Record]], pd.DataFrame], Callable[[Sequence[Record]], Figure]
 FIGURES: dict[str, tuple[Frame, Draw]] = {
     "distance_vs_activated_params": (points_data, distance_against_parameters),
@@ -203,6 +171,8 @@ FIGURES: dict[str, tuple[Frame, Draw]] = {
     "capacity_by_call": (calls_data, capacity_by_call),
     "capacity_by_class": (classes_data, capacity_by_class),
     "tokens_per_expert": (expert_load_data, tokens_per_expert),
+    "samples": (samples_data, samples),
+    "computation": (computation_data, computation),
 }
 
 
@@ -210,14 +180,26 @@ def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write each figure that the records have data for as PNG; equal records give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (frame, draw) in FIGURES.items():
-        if frame(records).empty:
-            continue
-        figure = draw(records)
+    for name, text in figures_csv(records).items():
+        figure = FIGURES[name][1](records)
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=DPI, metadata={"Software": None})
+        figure.savefig(paths[-1], dpi=DPI, metadata={"Software": None, DRAWN_FROM: data_digest(text)})
         plt.close(figure)
     return paths
+
+
+def data_digest(text: str) -> str:
+    """Return the digest of a figure's data that its picture carries."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def drawn_from(picture: Path) -> str | None:
+    """Return the digest of the data that a picture was drawn from; None for one that is not from here or damaged."""
+    try:
+        with Image.open(picture) as image:
+            return image.info.get(DRAWN_FROM)
+    except (OSError, SyntaxError):  # Pillow's word for a damaged PNG
+        return None
 
 
 def figures_csv(records: Sequence[Record]) -> dict[str, str]:
@@ -228,27 +210,15 @@ def figures_csv(records: Sequence[Record]) -> dict[str, str]:
 
 def _start(records: Sequence[Record], title: str, x: str, y: str, *, metric: bool = True,
            sampled: bool = True) -> tuple[Figure, Axes]:
-    _theme()
+    set_theme()
     figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     seeds = sorted({record.seed for record in records})
     spread = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    note = _note(records, metric=metric, sampled=sampled)
+    note = scale_note(records, metric=metric, sampled=sampled)
     figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
     return figure, axes
-
-
-def _theme() -> None:
-    sns.set_theme(style="whitegrid", rc={"grid.color": "0.9", "axes.edgecolor": "0.4", "axes.labelsize": 10,
-                                         "xtick.labelsize": 9, "ytick.labelsize": 9})
-
-
-def _note(records: Sequence[Record], *, metric: bool, sampled: bool = True) -> str:
-    first = records[0]
-    measured = f", {first.evaluation['distance_name']}" if metric else ""
-    samples = f", {first.sampling['num_samples']} samples" if sampled else ""
-    return f"scale {first.scale}{measured}{samples}"
 
 
 def _distance_axis(records: Sequence[Record]) -> str:
@@ -265,16 +235,11 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def _colour(system: str, records: Sequence[Record]) -> str:
-    others = sorted({record.system for record in records} - set(COLOURS))
-    return COLOURS.get(system) or OTHER_COLOURS[others.index(system) % len(OTHER_COLOURS)]
-
-
 def _style(row: str, records: Sequence[Record]) -> dict[str, str]:
     rows = group_rows(records)
     system = rows[row][0].system
     place = [name for name, same in rows.items() if same[0].system == system].index(row)
-    return {"color": _colour(system, records), "marker": MARKERS[place % len(MARKERS)]}
+    return {"color": system_colour(system, records), "marker": MARKERS[place % len(MARKERS)]}
 
 
 def _row_points(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record]) -> None:
@@ -289,20 +254,23 @@ def _row_points(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record
 
 def _sweeps(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record], *, named: bool = False) -> None:
     swept = data[data.threshold.notna()]
-    for (_, seed), group in swept.groupby(["row", "seed"], sort=False):
-        group = group.sort_values(x)
-        colour = _colour(group.system.iloc[0], records)
-        axes.plot(group[x], group.distance, color=colour, lw=1.2, marker=".", ms=5, alpha=0.75, zorder=2,
-                  label=f"{SYSTEMS.get(group.system.iloc[0], group.system.iloc[0])}, {SWEPT}, seed {seed}")
-        for point in group.itertuples() if named else ():
-            axes.annotate(f"{point.threshold:g}", (getattr(point, x), point.distance), (0, -13), fontsize=8,
-                          textcoords="offset points", ha="center", color=colour, zorder=5,
+    for _, group in swept.groupby("row", sort=False):
+        system = group.system.iloc[0]
+        colour = system_colour(system, records)
+        points = group.groupby("threshold", as_index=False)[[x, "distance"]].agg(["mean", "std"]).fillna(0)
+        points = points.sort_values((x, "mean"))
+        axes.errorbar(points[x]["mean"], points.distance["mean"], xerr=points[x]["std"], yerr=points.distance["std"],
+                      color=colour, lw=1.4, elinewidth=0.8, marker=".", ms=6, alpha=0.75, zorder=2,
+                      label=f"{SYSTEMS.get(system, system)}, {SWEPT}")
+        for _, point in points.iterrows() if named else ():
+            axes.annotate(f"{point['threshold', '']:g}", (point[x, "mean"], point["distance", "mean"]), (-3, -9),
+                          fontsize=8, textcoords="offset points", ha="right", color=colour, zorder=5,
                           path_effects=[withStroke(linewidth=2.5, foreground="white")])
 
 
 def _lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence[Record]) -> None:
     firsts = data.drop_duplicates("label")
-    palette = {line.label: _colour(line.system, records) for line in firsts.itertuples()}
+    palette = {line.label: system_colour(line.system, records) for line in firsts.itertuples()}
     place = firsts.groupby("system").cumcount()
     dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
     sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,

@@ -1,6 +1,7 @@
 """The results table: one line a row of the benchmark, mean and sd over seeds, the paper's numbers beside ours.
 
-Made from records alone. A table holds one scale, extractor, reference and number of samples; anything else is refused.
+Made from records alone. A table holds one scale, one way to sample and one way to measure; a mixture is refused.
+Inference options that a row is about (thresholds, static or dynamic, selection) belong to its router and may differ.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
         raise ConfigError("no records: nothing to report; run the cells first")
     first = min(records, key=lambda record: record.id)
     for record in records:
-        for what, ours, theirs in zip(("scales", "sample counts", "extractors", "distances", "references"),
-                                      _protocol(first), _protocol(record), strict=True):
-            if ours != theirs:
-                raise ConfigError(f"mixed {what}: {first.id} has {ours}, {record.id} has {theirs}; "
+        theirs = _protocol(record)
+        for what, ours in _protocol(first).items():
+            if ours != theirs[what]:
+                raise ConfigError(f"mixed {what}: {first.id} has {ours}, {record.id} has {theirs[what]}; "
                                   "report them in separate folders")
     rows: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (_rank(record.row), record.row, record.seed, record.id)):
@@ -57,10 +58,29 @@ def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
     return rows
 
 
-def _protocol(record: Record) -> tuple[Any, ...]:
-    evaluation = record.evaluation
-    return (record.scale, record.sampling["num_samples"], evaluation["extractor"], evaluation["distance_name"],
-            evaluation["reference"])
+def _protocol(record: Record) -> dict[str, Any]:
+    """Return what the records of one table must agree in, by its name in an error."""
+    evaluation, sampling = record.evaluation, record.config["sampling"]
+    return {"scales": record.scale, "sample counts": record.sampling["num_samples"],
+            "extractors": evaluation["extractor"], "distances": evaluation["distance_name"],
+            "references": evaluation["reference"], "samplers": _sampler(sampling),
+            "sampling steps": sampling["num_steps"], "guidance": _guidance(sampling),
+            "KID subset sizes": record.config["evaluation"]["kid_subset_size"]}
+
+
+def _sampler(sampling: dict[str, Any]) -> str:
+    """Name the integrator with the options that change its steps."""
+    options = [f"eta {sampling['ddim_eta']:g}"] if sampling["sampler"] == "ddim" else []
+    options += ["clipped"] if sampling["clip_denoised"] else []
+    return ", ".join([sampling["sampler"], *options])
+
+
+def _guidance(sampling: dict[str, Any]) -> str:
+    """Name the guidance; how the halves meet is nothing without one."""
+    scale, channels = sampling["guidance_scale"], sampling["guided_channels"]
+    if scale == 1:
+        return "1"
+    return f"{scale:g} ({'all' if channels is None else channels} channels, {sampling['guided_forward']})"
 
 
 def _rank(row: str) -> int:
@@ -173,8 +193,8 @@ def protocol(records: Sequence[Record]) -> str:
 
 def _sampling(record: Record) -> str:
     sampling, training = record.config["sampling"], record.training
-    return (f"{training['images']} training images, {record.config['diffusion']['process']}, {sampling['sampler']}, "
-            f"{sampling['num_steps']} steps, guidance {sampling['guidance_scale']:g}")
+    return (f"{training['images']} training images, {record.config['diffusion']['process']}, {_sampler(sampling)}, "
+            f"{sampling['num_steps']} steps, guidance {_guidance(sampling)}")
 
 
 def table_csv(records: Sequence[Record]) -> str:

@@ -1,0 +1,71 @@
+"""What the rows cost in time and memory, from records: one line a row, means over seeds, and the sum of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from diffmoe.records import Record
+from diffmoe.report.table import group_rows
+from diffmoe.report.table1 import format_table
+
+HEADER = ["system", "seeds", "training, s", "images/s", "sampling, s", "samples/s", "evaluation, s", "sweep, s",
+          "peak memory, MB", "hardware"]
+
+
+def cost_markdown(records: Sequence[Record]) -> str:
+    """Return the costs as Markdown.
+
+    Raises:
+        ConfigError: as `group_rows` does.
+    """
+    rows = group_rows(records)
+    trainings = {(record.training_digest, record.seed): record.training["seconds"] for record in records}
+    sweeps = [seconds for record in records if (seconds := _sweep_seconds(record)) is not None]
+    parts = {"training": sum(trainings.values()), "sampling": sum(record.sampling["seconds"] for record in records),
+             "evaluation": sum(record.evaluation["seconds"] for record in records)}
+    parts |= {"sweeps": sum(sweeps)} if sweeps else {}
+    scale, images = records[0].scale, records[0].sampling["num_samples"]
+    total = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
+    return f"""{format_table([HEADER, *(_cells(same) for same in rows.values())])}
+
+Scale {scale}, means over seeds. {images} images are drawn and measured; a sweep does so at each threshold.
+Rows that share a checkpoint show its one training. Seconds are wall-clock time, on machines that may have had other
+work. Peak memory: on a GPU that of tensors while the row ran; on a CPU the most that the process had held until then,
+earlier rows included. `-`: not recorded.
+
+All {len(records)} records, each training once: {sum(parts.values()) / 60:.1f} minutes ({total}).
+"""
+
+
+def _cells(records: Sequence[Record]) -> list[str]:
+    return [records[0].label, str(len(records)),
+            _mean(records, lambda record: record.training["seconds"]),
+            _mean(records, lambda record: record.training["images"] / record.training["seconds"]),
+            _mean(records, lambda record: record.sampling["seconds"]),
+            _mean(records, lambda record: record.sampling["num_samples"] / record.sampling["seconds"]),
+            _mean(records, lambda record: record.evaluation["seconds"]), _mean(records, _sweep_seconds),
+            _mean(records, _peak_memory), "; ".join(sorted({_hardware(record) for record in records}))]
+
+
+def _mean(records: Sequence[Record], value: Callable[[Record], float | None]) -> str:
+    values = [found for record in records if (found := value(record)) is not None]
+    if not values:
+        return "-"
+    mean = fmean(values)
+    return f"{mean:.2g}" if mean < 10 else f"{mean:,.0f}"
+
+
+def _sweep_seconds(record: Record) -> float | None:
+    seconds = [point["seconds"] for point in record.threshold_sweep if "seconds" in point]
+    return sum(seconds) if seconds else None
+
+
+def _peak_memory(record: Record) -> float | None:
+    peak = record.environment.get("peak_memory_bytes")
+    return None if peak is None else peak / 1e6
+
+
+def _hardware(record: Record) -> str:
+    found, threads = record.environment.get("hardware", "-"), record.environment.get("threads")
+    return f"{found}, {threads} thread{'s' if threads > 1 else ''}" if threads and "CPU" in found else found

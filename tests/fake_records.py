@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffmoe.config import RunConfig, digest, from_dict, to_dict
+from diffmoe.evaluation.grid import examples
 from diffmoe.records import Record
 
 EC, TC, RACE = "expert_choice", "baselines.token_choice:TokenChoice", "baselines.expert_race:ExpertRace"
@@ -26,7 +28,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any] | None, float, float, float]] = {
     "expert-race": ("Expert Race", "expert_race", {"kind": RACE}, 7.0, 1.04, 139),
     "dense-large": ("Dense (larger)", "dense", None, 7.4, 1.0, 300),
 }
-NUM_CALLS, NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES = 49, 2, 8, 10
+NUM_CALLS, NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES, SIDE = 49, 2, 8, 10, 4
 STEPS = range(25, 1001, 25)
 
 
@@ -65,9 +67,10 @@ def fake_record(row: str, seed: int, *, scale: str = "digits", spread: float = 0
         activation={"capacity": capacity, "activated_params": 1e3 * activated,
                     "activated_params_strict": 1e3 * (activated + 5), "gflops": activated / 31000,
                     "total_params": 3.3e5} | (_measured(row, capacity, own) if router else {}),
-        threshold_sweep=_sweep(distance, activated) if row == "diffmoe" and seed == 0 else [],
+        threshold_sweep=_sweep(distance, activated) if row == "diffmoe" else [],
+        examples=_examples(row, seed, capacity if router else None),
         environment={"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.14.1"}, "hardware": "2 CPU cores",
-                     "threads": 1})
+                     "threads": 1, "peak_memory_bytes": 1_100_000_000})
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:
@@ -94,9 +97,28 @@ def _measured(row: str, capacity: float, generator: np.random.Generator) -> dict
     load = np.full((NUM_LAYERS, NUM_EXPERTS), capacity / NUM_EXPERTS)
     if row in ("tc", "expert-race", "diffmoe", "diffmoe-predictor", "ec-dynamic"):
         load = load * np.exp(0.4 * generator.normal(size=load.shape))
-    return {"capacity_by_call": (capacity + wave - wave.mean()).tolist(),
+    by_third = [capacity + own * _ring() for own in (0.05, 0.1, 0.3 if wave.any() else 0.1)]
+    return {"load_by_position": np.mean(by_third, 0).round(4).tolist(), "load_by_third": np.round(by_third, 4).tolist(),
+            "capacity_by_call": (capacity + wave - wave.mean()).tolist(),
             "capacity_by_class": (capacity + classes - classes.mean()).tolist(),
             "expert_load": (load * capacity / load.sum(1, keepdims=True)).tolist()}
+
+
+def _ring() -> np.ndarray:
+    """Return (T,) numbers of mean 0 that are high in the middle of the image."""
+    y, x = np.indices((SIDE, SIDE)) - (SIDE - 1) / 2
+    ring = -np.hypot(y, x).flatten()
+    return ring - ring.mean()
+
+
+def _examples(row: str, seed: int, capacity: float | None) -> dict[str, Any]:
+    """Return discs, two a class, of a row's own brightness."""
+    labels = torch.arange(2 * NUM_CLASSES) // 2
+    y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
+    discs = torch.hypot(y, x)[None, None] < 1 + labels[:, None, None, None] / 3
+    noise = torch.from_numpy(_generator(f"{row} images", seed).integers(0, 40, (len(labels), 1, 8, 8)))
+    load = None if capacity is None else torch.from_numpy(capacity + 0.3 * _ring()).expand(len(labels), -1)
+    return examples((200 * discs + noise).to(torch.uint8), labels, load)
 
 
 def _sweep(distance: float, activated: float) -> list[dict[str, float]]:
@@ -104,5 +126,5 @@ def _sweep(distance: float, activated: float) -> list[dict[str, float]]:
     found = {0.9: (0.71, 1.22), 0.7: (0.83, 1.08), 0.5: (0.92, 1.01), 0.3: (1.03, 0.955), 0.1: (1.22, 0.9),
              1e-2: (1.71, 0.84), 1e-3: (2.33, 0.82), 1e-4: (3.17, 0.83)}
     return [{"threshold": threshold, "capacity": capacity, "distance": share * distance,
-             "activated_params": 1e3 * activated * (0.75 + 0.25 * capacity)}
+             "activated_params": 1e3 * activated * (0.75 + 0.25 * capacity), "seconds": 9.0}
             for threshold, (capacity, share) in found.items()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,12 @@ from scipy import stats
 
 from diffmoe.cells import load_rows
 from diffmoe.config import ConfigError, digest
+from diffmoe.evaluation.grid import decode_examples
 from diffmoe.records import Record, write_record
 from diffmoe.report import __main__ as report
+from diffmoe.report.cost import cost_markdown
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data, points_data, write_figures
+from diffmoe.report.panels import computation_data, samples_data
 from diffmoe.report.table import PAPER, mean_sd, results_table, table_csv
 from diffmoe.report.verdicts import (
     Claim,
@@ -93,12 +98,27 @@ def test_without_dense_nothing_is_relative_to_it() -> None:
     ({"evaluation": {"extractor": "vgg16", "distance_name": "FD-vgg16", "reference": "fakedata"}}, "digits64", "vgg16"),
     ({"evaluation": {"extractor": "digits64", "distance_name": "FD-digits64", "reference": "x"}}, "fakedata", "has x"),
     ({"scale": "cifar10"}, "digits", "cifar10"),
+    ({"config": {"sampling": {"sampler": "euler"}}}, "mixed samplers: .*heun", "euler"),
+    ({"config": {"sampling": {"clip_denoised": True}}}, "mixed samplers: .*heun", "heun, clipped"),
+    ({"config": {"sampling": {"num_steps": 50}}}, "steps: .*25", "50"),
+    ({"config": {"sampling": {"guidance_scale": 1.5}}}, "guidance: .*has 1", "1.5 .all channels, separate"),
+    ({"config": {"evaluation": {"kid_subset_size": 100}}}, "KID subset sizes: .*500", "100"),
 ])
 def test_a_mixture_is_refused_naming_both_values(changes: dict, ours: str, theirs: str) -> None:
-    records = [fake_record("dense", 0), replace(fake_record("tc", 0), **changes)]
-    for make in (results_table, judge, figures_csv):
-        with pytest.raises(ConfigError, match=f"{ours}.*{theirs}"):
+    other = fake_record("tc", 0)
+    if "config" in changes:
+        changes = {"config": other.config | {part: other.config[part] | values
+                                             for part, values in changes["config"].items()}}
+    records = [fake_record("dense", 0), replace(other, **changes)]
+    for make in (results_table, judge, figures_csv, cost_markdown):
+        with pytest.raises(ConfigError, match=f"{ours}.*{theirs}") as error:
             make(records)
+        assert all(record.id in one_line(error.value) for record in records)
+
+
+def test_inference_options_of_a_rows_router_may_differ() -> None:
+    rows = ["diffmoe", "diffmoe-static", "diffmoe-predictor"]  # dynamic, static, per-token threshold
+    assert len(results_table(fake_records(rows))) == 4
 
 
 def test_a_row_of_two_configurations_and_a_cell_that_is_there_twice_are_refused() -> None:
@@ -210,6 +230,20 @@ def test_at_equal_capacity_the_better_row_is_read_off_its_sweep() -> None:
     assert verdict.comparison.effect == pytest.approx(own - (math.log(7.5) + math.log(7.9)) / 2)
 
 
+def test_at_equal_capacity_each_seed_is_read_at_its_own_partners_capacity() -> None:
+    ends = [{"threshold": 0.5, "capacity": 0.5, "distance": 8.0}, {"threshold": 0.1, "capacity": 1.5, "distance": 4.0}]
+    records = [replace(record, threshold_sweep=ends) for record in with_distances(BETTER, [7.0, 7.0, 7.0])]
+    for record, capacity in zip(with_distances(WORSE, [6.0, 6.1, 6.3]), (0.75, 1.25, 2.0), strict=True):
+        records.append(replace(record, activation=record.activation | {"capacity": capacity}))
+    [verdict] = judge(records, [replace(PAIRED, equal_capacity=True)])
+    logs = [math.log(8) - 0.25 * math.log(2) - math.log(6.0), math.log(8) - 0.75 * math.log(2) - math.log(6.1)]
+    assert verdict.comparison.num_seeds == 2  # the third capacity lies outside the sweep
+    assert verdict.comparison.effect == pytest.approx(mean(logs))
+    assert verdict.comparison.p == pytest.approx(stats.ttest_1samp(logs, 0).pvalue)
+    [verdict] = judge(with_distances("dense", [1.0]), [replace(PAIRED, equal_capacity=True)])
+    assert verdict.reason == "no sweep reaches that C"
+
+
 def test_a_claim_that_is_wrong_about_sharing_is_refused() -> None:
     records = fake_records(["diffmoe", "diffmoe-static", "dense"])
     for claim in (replace(WELCH, shares_checkpoint=True), replace(PAIRED, shares_checkpoint=False)):
@@ -252,7 +286,56 @@ def test_a_shared_training_is_drawn_once() -> None:
 def test_points_are_the_records_and_their_sweeps() -> None:
     data = points_data(fake_records())
     assert data.threshold.isna().sum() == 27
-    assert set(data[data.threshold.notna()].row) == {"diffmoe"} and set(data[data.threshold.notna()].seed) == {0}
+    assert set(data[data.threshold.notna()].row) == {"diffmoe"}
+    assert set(data[data.threshold.notna()].seed) == {0, 1, 2}
+
+
+def test_the_computation_of_a_patch_is_the_mean_over_seeds_at_its_place() -> None:
+    records = fake_records(["dense", "diffmoe"])
+    loads = [list(range(16)), [0] * 16, [3 * value for value in range(16)]]
+    for index, load in enumerate(loads, 3):
+        measured = records[index].activation | {"load_by_position": load, "load_by_third": [load] * 3}
+        records[index] = replace(records[index], activation=measured)
+    data = computation_data(records)
+    whole = data[data.panel == "all calls"]
+    assert set(data.row) == {"diffmoe"}
+    assert [(y, x, load) for y, x, load in zip(whole.y, whole.x, whole.load, strict=True)] == [
+        (index // 4, index % 4, pytest.approx(4 / 3 * index)) for index in range(16)]
+    singles = data[data.panel == "example"]
+    assert list(singles["class"].unique()) == [0, 1, 2, 3] and set(singles.seed) == {0}
+
+
+def test_images_in_figures_are_the_records() -> None:
+    data = samples_data(fake_records(["dense", "tc"]))
+    assert data.groupby("row").size().to_dict() == {"dense": 20, "tc": 20} and set(data.seed) == {0}
+    assert data["class"].tolist()[:4] == [0, 0, 1, 1]
+    images = decode_examples(fake_record("tc", 0).examples)
+    assert data[data.row == "tc"].pixels.iloc[7] == hashlib.sha256(images[7].tobytes()).hexdigest()[:12]
+
+
+def test_costs_are_means_over_seeds_and_count_a_shared_training_once() -> None:
+    text = cost_markdown(fake_records(["dense", "diffmoe", "diffmoe-static"], [0, 2]))
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in text.splitlines() if line.startswith("|")}
+    assert lines["DiffMoE (dynamic)"] == ["2", "62", "2,065", "12", "83", "3", "72", "1,100", "2 CPU cores, 1 thread"]
+    assert lines["Dense"][6] == "-"
+    # 2 x (61 + 63) of training, 6 x 12 of sampling, 6 x 3 of evaluation, 2 x 8 x 9 of sweeps: 482 s
+    assert "once: 8.0 minutes (training 4.1, sampling 1.2, evaluation 0.3, sweeps 2.4)" in text
+
+
+def test_records_from_before_these_fields_still_make_a_report(tmp_path: Path) -> None:
+    for record in fake_records(seeds=[0]):
+        activation = {key: value for key, value in record.activation.items() if not key.startswith("load_by")}
+        sweep = [{key: value for key, value in point.items() if key != "seconds"} for point in record.threshold_sweep]
+        old = replace(record, activation=activation, threshold_sweep=sweep, environment={})
+        path = write_record(tmp_path / "records", old)
+        content = json.loads(path.read_text())
+        del content["examples"]
+        path.write_text(json.dumps(content))
+    assert report.main([str(tmp_path)]) == 0
+    assert report.check_report(tmp_path) == []
+    assert not (tmp_path / "figures/samples.png").exists() and not (tmp_path / "figures/computation.png").exists()
+    assert "sweeps" not in (tmp_path / "cost.md").read_text().split("All 9 records")[1]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +357,7 @@ def test_equal_records_give_equal_bytes(results: Path, tmp_path: Path) -> None:
 
 def test_a_table_of_dense_rows_alone_has_the_figures_that_it_has_data_for(tmp_path: Path) -> None:
     names = {path.stem for path in write_figures(fake_records(["dense"], [0]), tmp_path)}
-    assert names == {"distance_vs_activated_params", "distance_vs_capacity", "training_loss"}
+    assert names == {"distance_vs_activated_params", "distance_vs_capacity", "training_loss", "samples"}
 
 
 def test_what_was_written_passes_the_check(results: Path) -> None:
@@ -282,7 +365,8 @@ def test_what_was_written_passes_the_check(results: Path) -> None:
     assert report.main([str(results), "--check"]) == 0
 
 
-@pytest.mark.parametrize("name", ["table.md", "table.csv", "verdicts.md", "figures/training_loss.csv"])
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "verdicts.md", "cost.md",
+                                  *(f"figures/{figure}.csv" for figure in FIGURES)])
 def test_a_changed_digit_fails_the_check_by_name(name: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = results / name
     text = path.read_text()
@@ -303,6 +387,16 @@ def test_a_changed_record_and_a_missing_figure_fail_the_check(results: Path) -> 
     picture.rename(picture.with_suffix(".away"))
     assert report.check_report(results) == [f"{picture}: missing"]
     picture.with_suffix(".away").rename(picture)
+
+
+def test_a_picture_of_other_records_fails_the_check(results: Path, tmp_path: Path) -> None:
+    picture = results / "figures/samples.png"
+    right = picture.read_bytes()
+    write_figures(fake_records(["dense"], [1]), tmp_path)
+    for wrong in ((tmp_path / picture.name).read_bytes(), right[:40]):
+        picture.write_bytes(wrong)
+        assert report.check_report(results) == [f"{picture}: was not drawn from these records"]
+    picture.write_bytes(right)
 
 
 def test_no_records_is_one_line(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def examples(images: Tensor, labels: Tensor, token_load: Tensor | None) -> dict[
     file = io.BytesIO()
     Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip).save(file, "PNG", optimize=True)
     found = {"labels": labels[chosen].tolist(), "images": base64.b64encode(file.getvalue()).decode()}
-    return found if token_load is None else found | {"token_load": token_load[chosen].double().round(decimals=4).tolist()}
+    if token_load is not None:
+        found["token_load"] = token_load[chosen].double().round(decimals=4).tolist()
+    return found
 
 
 def decode_examples(found: dict[str, Any]) -> np.ndarray:

@@ -185,8 +185,9 @@ def computation(records: Sequence[Record]) -> Figure:
     if num_pictures:
         _bar(figure, right, single_scale, "experts per token of one image, all calls")
     seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records}))
-    _title(figure, "Where the computation goes: experts per token, by patch", f"{scale_note(records, metric=False)}, "
-           f"seeds {seeds}; means over all sampling calls and over each third of them")
+    images = f"; images: seed {singles.seed.min()}" if num_pictures else ""
+    _title(figure, "Where the computation goes: experts per token, by patch",
+           f"{scale_note(records, metric=False)}, seeds {seeds}; by third of the sampling calls{images}")
     return figure
 
 

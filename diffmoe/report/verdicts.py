@@ -171,7 +171,7 @@ def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None) -> l
 
 def _decide(claim: Claim, comparison: Comparison, adjusted: float) -> tuple[str, str]:
     if comparison.interval is None:
-        reasons = {0: "nothing to compare", 1: "one seed"}
+        reasons = {0: "no sweep reaches that C" if claim.equal_capacity else "nothing to compare", 1: "one seed"}
         return "undecided", reasons.get(comparison.num_seeds, "no spread over seeds")
     low, high = comparison.interval
     side = "smaller" if low > claim.effect else "larger" if high < claim.effect else ""

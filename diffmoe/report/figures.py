@@ -37,7 +37,9 @@ from diffmoe.report.table import group_rows
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P"), ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
 SWEPT = "threshold swept"
 DPI = 150
-CAPACITY_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 14, 20, 30, 50)
+FEW_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+MANY_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)
+"""Of a logarithmic axis that spans a factor of 5 at most."""
 DRAWN_FROM = "Data digest"
 """Text entry of a PNG."""
 MOST_NAMED_CLASSES = 20
@@ -115,7 +117,7 @@ def distance_against_capacity(records: Sequence[Record]) -> Figure:
     _sweeps(axes, data, "capacity", records, named=True)
     axes.margins(y=0.1)
     low, high = axes.get_xlim()
-    ticks = [tick for tick in CAPACITY_TICKS if low <= tick <= high]
+    ticks = [tick for tick in (FEW_TICKS if high > 5 * low else MANY_TICKS) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     return _finish(figure, axes)

@@ -54,7 +54,7 @@ def computation_data(records: Sequence[Record]) -> pd.DataFrame:
     """
     lines = []
     for rows in group_rows(records).values():
-        measured = [record for record in rows if "load_by_position" in record.activation]
+        measured = [record for record in rows if _is_mapped(record)]
         if not measured or all(np.ptp(record.activation["load_by_position"]) < 1e-3 for record in measured):
             continue
         columns = row_columns(measured[0])
@@ -67,6 +67,10 @@ def computation_data(records: Sequence[Record]) -> pd.DataFrame:
             lines += _patches(columns | {"panel": EXAMPLE, "class": label, "pixels": _digest(pixels)},
                               measured[0].examples["token_load"][index])
     return pd.DataFrame(lines).astype({"seed": "Int64", "class": "Int64"}) if lines else pd.DataFrame()
+
+
+def _is_mapped(record: Record) -> bool:
+    return "load_by_position" in record.activation
 
 
 def _patches(columns: dict[str, object], load: Sequence[float]) -> list[dict[str, object]]:
@@ -135,19 +139,23 @@ def samples(records: Sequence[Record]) -> Figure:
     for index, (axes, record) in enumerate(zip(grid.flat, exemplary, strict=True)):
         labels, images = zip(*_examples(record), strict=True)
         gap = max(1, images[0].shape[0] // 16)
-        border = [(gap, gap), (gap, gap), *[(0, 0)] * (images[0].ndim - 2)]
-        strip = np.concatenate([np.pad(image, border, constant_values=255) for image in images], 1)
-        _picture(axes, strip, record.label)
+        framed = [_framed(image, gap, gap if label == before else 3 * gap)
+                  for image, label, before in zip(images, labels, (labels[0], *labels), strict=False)]
+        _picture(axes, np.concatenate(framed, 1), record.label)
         if index == 0:
-            centres = pd.Series(range(len(labels))).groupby(list(labels)).mean()
-            width = strip.shape[1] / len(labels)
-            axes.set_xticks((centres + 0.5) * width - 0.5, [str(label) for label in centres.index], fontsize=9)
+            ends = pd.Series(np.cumsum([image.shape[1] for image in framed]))
+            centres = (ends - gap - images[0].shape[1] / 2 - 0.5).groupby(list(labels)).mean()
+            axes.set_xticks(centres, [str(label) for label in centres.index], fontsize=9)
             axes.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False, pad=1)
             axes.set_xlabel("class", fontsize=9)
             axes.xaxis.set_label_position("top")
     _title(figure, "The first images of each class", f"scale {records[0].scale}, training seed {exemplary[0].seed}; "
            "a column has one class and one starting noise")
     return figure
+
+
+def _framed(image: np.ndarray, gap: int, left: int) -> np.ndarray:
+    return np.pad(image, [(gap, gap), (left, gap), *[(0, 0)] * (image.ndim - 2)], constant_values=255)
 
 
 def computation(records: Sequence[Record]) -> Figure:
@@ -184,10 +192,10 @@ def computation(records: Sequence[Record]) -> Figure:
     _bar(figure, left, mean_scale, "experts per token, mean of all images")
     if num_pictures:
         _bar(figure, right, single_scale, "experts per token of one image, all calls")
-    seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records}))
+    seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records if _is_mapped(record)}))
     images = f"; images: seed {singles.seed.min()}" if num_pictures else ""
     _title(figure, "Where the computation goes: experts per token, by patch",
-           f"{scale_note(records, metric=False)}, seeds {seeds}; by third of the sampling calls{images}")
+           f"{scale_note(records, metric=False)}, means over seeds {seeds}{images}; thirds of the sampling calls")
     return figure
 
 

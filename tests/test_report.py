@@ -305,6 +305,13 @@ def test_the_computation_of_a_patch_is_the_mean_over_seeds_at_its_place() -> Non
     assert list(singles["class"].unique()) == [0, 1, 2, 3] and set(singles.seed) == {0}
 
 
+def test_latents_have_maps_and_no_pictures(tmp_path: Path) -> None:
+    records = [replace(record, examples={}) for record in fake_records(["dense", "diffmoe"], [0])]
+    assert set(computation_data(records).panel) == {"all calls", "first third", "middle third", "last third"}
+    assert samples_data(records).empty
+    assert {path.stem for path in write_figures(records, tmp_path)} == set(FIGURES) - {"samples"}
+
+
 def test_images_in_figures_are_the_records() -> None:
     data = samples_data(fake_records(["dense", "tc"]))
     assert data.groupby("row").size().to_dict() == {"dense": 20, "tc": 20} and set(data.seed) == {0}

@@ -259,11 +259,13 @@ def _sweeps(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record], *
     for _, group in swept.groupby("row", sort=False):
         system = group.system.iloc[0]
         colour = system_colour(system, records)
+        seeds = sorted(group.seed.unique())
+        some = "" if len(seeds) == data.seed.nunique() else f", seed {', '.join(map(str, seeds))}"
         points = group.groupby("threshold", as_index=False)[[x, "distance"]].agg(["mean", "std"]).fillna(0)
         points = points.sort_values((x, "mean"))
         axes.errorbar(points[x]["mean"], points.distance["mean"], xerr=points[x]["std"], yerr=points.distance["std"],
                       color=colour, lw=1.4, elinewidth=0.8, marker=".", ms=6, alpha=0.75, zorder=2,
-                      label=f"{SYSTEMS.get(system, system)}, {SWEPT}")
+                      label=f"{SYSTEMS.get(system, system)}, {SWEPT}{some}")
         for _, point in points.iterrows() if named else ():
             axes.annotate(f"{point['threshold', '']:g}", (point[x, "mean"], point["distance", "mean"]), (-3, -9),
                           fontsize=8, textcoords="offset points", ha="right", color=colour, zorder=5,

@@ -38,6 +38,8 @@ RESULTS = Path("results")
 MAX_PUBLISHED_BYTES = 1_000_000
 """Weights above this are not for a git repository."""
 
+LEFT_OUT = {"strict", "GFLOPs", "KID x1000", "precision", "recall"}
+
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> int:
                       deadline=time.monotonic() + 60 * options.time_budget)
         _run(groups, run, jobs, store)
     write_report(store.folder)
-    print(format_table(results_table(read_records(store.records))))
+    print(brief_table(read_records(store.records)))
     print(f"table, verdicts and figures: {store.folder}")
     return 0
 
@@ -108,7 +110,14 @@ def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store) -> Non
             left[record.seed] -= 1
             if left[record.seed] == 0 and left.total():
                 complete = [record for record in read_records(store.records) if not left[record.seed]]
-                tqdm.write(f"\n{format_table(results_table(complete))}\n")
+                tqdm.write(f"\n{brief_table(complete)}\n")
+
+
+def brief_table(records: list[Record]) -> str:
+    """Return the results table without the columns that a terminal has no room for; table.md has them all."""
+    header, *lines = results_table(records)
+    shown = [index for index, name in enumerate(header) if name not in LEFT_OUT]
+    return format_table([[line[index] for index in shown] for line in (header, *lines)])
 
 
 def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:

@@ -13,21 +13,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import RunConfig, digest, load_config, to_dict
-from diffmoe.data import load_data
+from diffmoe.data import ImageData, load_data
 from diffmoe.evaluation.grid import IMAGES_A_CLASS, save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.records import peak_memory_bytes
 from diffmoe.training.distributed import join_world
 from diffmoe.training.run import train_run
+from diffmoe.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIGS = [CONFIGS / "digits.yaml", CONFIGS / "diffmoe.yaml"]
+TRIAL_STEPS = 3
+"""Steps that --dry-run times."""
+LONGEST_TRIAL_STEP_S = 5.0
+"""Seconds of a step above which --dry-run only states a bound."""
 
 
 def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
@@ -53,16 +61,63 @@ def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    """Return the resolved configuration with parameters, FLOPs and memory."""
+    """Return the resolved configuration with parameters, FLOPs, and the time and memory measured on this machine."""
     count, flops = count_parameters(config.model), flops_per_call(config.model)
-    batch, steps = config.training.batch_size, config.training.num_steps
+    step_flops = 3 * flops * config.training.batch_size
+    steps, device = config.training.num_steps, choose_device(config.runtime.device)
     state = 20 * count.total  # bytes: weights, gradients, two moments and the average, 4 each
+    bound = step_flops / matrix_product_rate(device)
+    if bound < LONGEST_TRIAL_STEP_S:
+        seconds, peak = try_steps(config, device)
+        cost = [f"# time: {hours(steps * seconds)} here, at {seconds:.3g} s for each of {TRIAL_STEPS} steps just made"
+                f"{' (not compiled)' if config.runtime.compile else ''}",
+                f"# memory: {peak / 2**20:,.0f} MiB at the peak of those steps, {state / 2**20:,.1f} MiB of it for "
+                "weights, gradients, AdamW and average"]
+    else:
+        cost = [f"# time: more than {hours(steps * bound)} here, at the speed of one large matrix product",
+                f"# memory: {state / 2**20:,.0f} MiB for weights, gradients, AdamW and average, and activations on top"]
     return "\n".join([
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
         f"# digest: {digest(config, scope='training')} (training), {digest(config)} (with sampling)",
         f"# parameters: {count.total:,} in all, {count.activated_strict(1.0):,.0f} activated at C = 1",
-        f"# {steps:,} steps of {batch} images, {3 * flops * batch / 1e9:,.1f} GFLOPs each (backward: twice forward)",
-        f"# memory: {state / 2**20:,.1f} MiB for weights, gradients, AdamW and average, and activations on top"])
+        f"# {steps:,} steps of {config.training.batch_size} images, {step_flops / 1e9:,.1f} GFLOPs each (backward: "
+        "twice forward)", *cost])
+
+
+def try_steps(config: RunConfig, device: torch.device) -> tuple[float, int]:
+    """Make a few steps, not compiled, on random images; return the seconds of one and the peak memory in bytes.
+
+    On a CPU the memory is that of the whole process.
+    """
+    model = config.model
+    images = torch.randint(256, (config.training.batch_size, model.in_channels, model.input_size, model.input_size))
+    labels = torch.arange(len(images)) % model.num_classes
+    data = ImageData("random", images.to(torch.uint8), labels, model.num_classes)
+    trainer = Trainer(replace(config, runtime=replace(config.runtime, compile=False)), 0, data, device)
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        losses = [trainer.train_step() for _ in range(count)][-1]
+        losses["mse"].item()  # waits for the device
+        return time.perf_counter() - started
+
+    seconds(1)
+    found = seconds(TRIAL_STEPS) / TRIAL_STEPS
+    return found, peak_memory_bytes(device)
+
+
+def matrix_product_rate(device: torch.device) -> float:
+    """Return the FLOP/s of a large float32 product on `device`: more than a training step reaches."""
+    matrix = torch.randn(2048, 2048, device=device)
+    (matrix @ matrix).sum().item()
+    started = time.perf_counter()
+    (matrix @ matrix).sum().item()
+    return 2 * 2048**3 / (time.perf_counter() - started)
+
+
+def hours(seconds: float) -> str:
+    """Format a duration."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 5400 else f"{seconds / 60:,.1f} min"
 
 
 def main(arguments: list[str]) -> int:

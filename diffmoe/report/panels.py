@@ -192,10 +192,11 @@ def computation(records: Sequence[Record]) -> Figure:
     _bar(figure, left, mean_scale, "experts per token, mean of all images")
     if num_pictures:
         _bar(figure, right, single_scale, "experts per token of one image, all calls")
-    seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records if _is_mapped(record)}))
+    seeds = sorted({record.seed for record in records if _is_mapped(record)})
+    mean = f"mean over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     images = f"; images: seed {singles.seed.min()}" if num_pictures else ""
     _title(figure, "Where the computation goes: experts per token, by patch",
-           f"{scale_note(records, metric=False)}, means over seeds {seeds}{images}; thirds of the sampling calls")
+           f"{scale_note(records, metric=False)}, {mean}{images}; thirds of the sampling calls")
     return figure
 
 

@@ -171,8 +171,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
         data={"name": data.name, "digest": data.digest, "num_images": len(data.images)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
                   "seconds": run.description["seconds"],
-                  "losses": [[line.pop("step"), {k: v for k, v in line.items() if k != "images"}]
-                             for line in run.losses()]},
+                  "losses": run.losses()},
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s, "reference": data.digest,
                     "distance_name": distance_name(config.evaluation.extractor)},

@@ -26,6 +26,7 @@ from diffmoe.evaluation.grid import IMAGES_A_CLASS, save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.records import peak_memory_bytes
+from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.distributed import join_world
 from diffmoe.training.run import train_run
 from diffmoe.training.trainer import Trainer
@@ -38,8 +39,10 @@ LONGEST_TRIAL_STEP_S = 5.0
 """Seconds of a step above which --dry-run only states a bound."""
 
 
-def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
+def train(config: RunConfig, seed: int, name: str, folder: Path, track: str | None = None) -> None:
     """Train in `folder`, going on where an earlier call stopped, then draw a grid of samples.
+
+    `track` names an MLflow store that is told meanwhile; see diffmoe/tracking/live.py.
 
     Raises:
         ConfigError: when something cannot be used.
@@ -48,7 +51,9 @@ def train(config: RunConfig, seed: int, name: str, folder: Path) -> None:
     device = choose_device(config.runtime.device)
     with join_world(device) as world:
         data = load_data(config.data, config.model)
-        with TrainingBar(f"{name} seed {seed}", config.training.num_steps, enabled=world.is_main) as bar:
+        with (Tracker(track if world.is_main else None, config.data.name, [config]) as tracker,
+              tracker.follow(folder, config, seed, data.digest, name),
+              TrainingBar(f"{name} seed {seed}", config.training.num_steps, enabled=world.is_main) as bar):
             run = train_run(config, seed, data, folder, device, world=world, progress=bar.update)
         if not world.is_main:
             return
@@ -128,6 +133,7 @@ def main(arguments: list[str]) -> int:
                         help="YAML file; repeat it to lay one over another (default: DiffMoE on digits)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the run's folder (default: under results/<data>/local)")
+    add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
@@ -138,7 +144,8 @@ def main(arguments: list[str]) -> int:
         return 0
     name = paths[-1].stem
     run = f"{name}-{digest(config, scope='training')}-seed{options.seed}"
-    train(config, options.seed, name, options.out or Path("results") / config.data.name / "local" / run)
+    train(config, options.seed, name, options.out or Path("results") / config.data.name / "local" / run,
+          options.track)
     return 0
 
 

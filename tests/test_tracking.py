@@ -14,10 +14,11 @@ import pytest
 from conftest import one_line
 from fake_records import NUM_CALLS, fake_record, fake_records
 
-from diffmoe import tracking
 from diffmoe.config import ConfigError
 from diffmoe.records import read_records
-from diffmoe.tracking import flatten, publish, store_uri
+from diffmoe.tracking import __main__ as command_line
+from diffmoe.tracking.publish import publish, record_params
+from diffmoe.tracking.store import EXPERIMENT, MOE_KEYS, flatten, store_uri
 
 ROWS_HERE = ("dense", "tc", "diffmoe", "expert-race")
 
@@ -36,7 +37,7 @@ def runs_of(store: Path) -> list:
     from mlflow import MlflowClient
 
     client = MlflowClient(store_uri(store))
-    return client.search_runs([client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
+    return client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
 
 
 def children(store: Path) -> dict[str, object]:
@@ -68,7 +69,7 @@ def test_all_systems_have_the_same_parameter_and_metric_names(store: Path) -> No
 
 
 def test_names_do_not_depend_on_what_else_is_published() -> None:
-    alone = {frozenset(tracking.record_params(fake_record(row, 0), tracking.MOE_KEYS)) for row in ("dense", "diffmoe")}
+    alone = {frozenset(record_params(fake_record(row, 0), MOE_KEYS)) for row in ("dense", "diffmoe")}
     assert len(alone) == 1
 
 
@@ -146,7 +147,7 @@ def test_a_server_that_does_not_answer_is_one_line_soon(answer: str, silent_serv
         with pytest.raises(ConfigError, match=uri) as error:
             publish(fake_records(["dense"], [0]), uri)
     assert time.monotonic() - started < 10
-    assert "the records are unharmed" in one_line(error.value).lower()
+    assert "the runs and records are unharmed" in one_line(error.value).lower()
 
 
 def test_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
@@ -159,9 +160,9 @@ def test_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
 
 def test_the_command_line_without_records_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no records"):
-        tracking.main(["publish", "--results", str(tmp_path)])
+        command_line.main(["publish", "--results", str(tmp_path)])
 
 
 def test_importing_the_package_and_the_tracker_imports_no_mlflow() -> None:
-    code = "import sys, diffmoe, diffmoe.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, diffmoe, diffmoe.tracking.__main__; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

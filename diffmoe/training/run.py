@@ -28,6 +28,9 @@ from diffmoe.training.trainer import Trainer
 
 LOG_EVERY = 25
 """Steps between two lines of losses.jsonl; reading losses waits for the device."""
+LOG_FILE = "losses.jsonl"
+LOG_FIELDS = ("step", "images", "seconds", "images_per_second", "learning_rate")
+"""What a line of losses.jsonl holds besides the losses; the throughput is that since the line before."""
 SAVE_EVERY_S = 60.0
 """Seconds between checkpoints."""
 
@@ -59,9 +62,11 @@ class TrainedRun:
         model.load_state_dict(weights)
         return model.set_backend(config.runtime.backend)
 
-    def losses(self) -> list[dict[str, float]]:
-        """Return the lines of the loss log."""
-        return [json.loads(line) for line in (self.folder / "losses.jsonl").read_text().splitlines()]
+    def losses(self) -> list[list[Any]]:
+        """Return [step, {name: loss}] of each line of the log."""
+        lines = [json.loads(line) for line in (self.folder / LOG_FILE).read_text().splitlines()]
+        return [[line["step"], {name: value for name, value in line.items() if name not in LOG_FIELDS}]
+                for line in lines]
 
 
 def train_run(config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, *,
@@ -110,7 +115,7 @@ def _train(config: RunConfig, seed: int, data: ImageData, folder: Path, device: 
 
     if world.is_main:
         (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    lines = _LossLog(folder / "losses.jsonl", trainer.step, enabled=world.is_main)
+    lines = _LossLog(folder / LOG_FILE, trainer.step, config.training.batch_size, enabled=world.is_main)
     values: dict[str, float] = {}
     with lines, _Signals() as signals:
         while trainer.step < config.training.num_steps:
@@ -121,7 +126,7 @@ def _train(config: RunConfig, seed: int, data: ImageData, folder: Path, device: 
                 if not all(map(math.isfinite, values.values())):
                     raise ConfigError(f"step {trainer.step}: the loss is {values}; lower training.learning_rate, or go "
                                       f"on from an earlier state in {folder}")
-                lines.write({"step": trainer.step, "images": trainer.step * config.training.batch_size} | values)
+                lines.write(trainer.step, describe()["seconds"], trainer.optimizer.param_groups[0]["lr"], values)
                 if time.monotonic() - last_save > SAVE_EVERY_S:
                     save()
                     last_save = time.monotonic()
@@ -147,8 +152,9 @@ def _check_identity(path: Path, description: dict[str, Any], identity: dict[str,
 class _LossLog:
     """losses.jsonl, cut back on resume to what the checkpoint has seen."""
 
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
+    def __init__(self, path: Path, step: int, batch_size: int, *, enabled: bool) -> None:
         self.file = None
+        self.step, self.batch_size, self.written = step, batch_size, time.monotonic()
         if enabled:
             kept = [line for line in path.read_text().splitlines()
                     if json.loads(line)["step"] <= step] if path.exists() else []
@@ -162,9 +168,13 @@ class _LossLog:
         if self.file is not None:
             self.file.close()
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, step: int, seconds: float, learning_rate: float, losses: dict[str, float]) -> None:
         if self.file is not None:
-            print(json.dumps(values), file=self.file, flush=True)
+            now = time.monotonic()
+            speed = (step - self.step) * self.batch_size / (now - self.written)
+            line = zip(LOG_FIELDS, (step, step * self.batch_size, seconds, speed, learning_rate), strict=True)
+            print(json.dumps(dict(line) | losses), file=self.file, flush=True)
+            self.step, self.written = step, now
 
 
 class _Signals:

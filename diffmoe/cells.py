@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from diffmoe.config import ConfigError, RunConfig, digest, load_config, to_dict
+from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData
 from diffmoe.evaluation.extractors import classify, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
@@ -71,6 +71,11 @@ class Store:
         """The folder of records."""
         return self.folder / "records"
 
+    @property
+    def cache(self) -> Path:
+        """The folder of the reference's features."""
+        return self.folder / "cache"
+
     def run_folder(self, cell: Cell, data: ImageData) -> Path:
         """The folder of a cell's training run."""
         return self.folder / "runs" / _run_name(digest(cell.row.config, scope="training"), cell.seed, data.digest)
@@ -124,8 +129,17 @@ def check_cells(cells: Sequence[Cell], data: ImageData) -> None:
         ConfigError: for samples that cannot be measured.
     """
     for evaluation in {cell.row.config.evaluation for cell in cells}:
-        check_counts(evaluation.num_samples, len(data.images), evaluation.kid_subset_size)
-        weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
+        check_evaluation(evaluation, data)
+
+
+def check_evaluation(evaluation: EvaluationConfig, data: ImageData) -> None:
+    """Find before any work what would stop `measure_samples`.
+
+    Raises:
+        ConfigError: for samples that cannot be measured.
+    """
+    check_counts(evaluation.num_samples, len(data.images), evaluation.kid_subset_size)
+    weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
 
 
 def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -161,7 +175,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     grids.mkdir(exist_ok=True)
     save_class_grid(grids / f"{cell.row.key}-s{cell.seed}.png", samples.images, samples.labels)
     started = time.perf_counter()
-    metrics = _measure(samples, config, data, store, device)
+    metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
     sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
     record = Record(
@@ -170,8 +184,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
         training_digest=digest(config, scope="training"),
         data={"name": data.name, "digest": data.digest, "num_images": len(data.images)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
-                  "seconds": run.description["seconds"],
-                  "losses": run.losses()},
+                  "seconds": run.description["seconds"], "losses": run.losses()},
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s, "reference": data.digest,
                     "distance_name": distance_name(config.evaluation.extractor)},
@@ -202,12 +215,17 @@ def _rounded(load: torch.Tensor) -> list[Any]:
     return load.double().round(decimals=4).tolist()  # short in a file; one pair in a thousand images is less
 
 
-def _measure(samples: Samples, config: RunConfig, data: ImageData, store: Store,
-             device: torch.device) -> dict[str, float]:
+def measure_samples(samples: Samples, config: RunConfig, data: ImageData, cache: Path,
+                    device: torch.device) -> dict[str, float]:
+    """Return the metrics of samples against `data`, whose features are kept in the folder `cache`.
+
+    Raises:
+        ConfigError: as `measure` does.
+    """
     evaluation = config.evaluation
     weights = None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
-                    cache_root=store.folder / "cache", weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
+                    cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
     if evaluation.extractor == "digits64":  # a classifier of these classes
         found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
     return found
@@ -220,7 +238,7 @@ def _sweep(cell: Cell, model: DiT, data: ImageData, store: Store, device: torch.
         config = _with_threshold(cell.row.config, threshold)
         samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
         found = activation(config, samples)
-        distance = _measure(samples, config, data, store, device)["distance"]
+        distance = measure_samples(samples, config, data, store.cache, device)["distance"]
         points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
                        "activated_params": found["activated_params"], "seconds": time.perf_counter() - started})
     return points

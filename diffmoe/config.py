@@ -439,16 +439,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return simplify(plain)
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (),
+                base: dict[str, Any] | None = None) -> RunConfig:
     """Read a run's YAML files, each laid over the ones before, then `key.path=value` overrides (values are YAML).
 
     A scale's file is a whole run; a system's file is laid over it, usually over `model.moe`. Another router drops the
-    options of the former, and a `size` its shape.
+    options of the former, and a `size` its shape. `base` is plain data that the first file is laid over.
 
     Raises:
         ConfigError: for anything that cannot be used, with the key and the remedy.
     """
-    data: dict[str, Any] = {}
+    data = base or {}
     for path in paths:
         data = _merge(data, _read_yaml(Path(path)))
     return from_dict(RunConfig, apply_overrides(data, overrides))

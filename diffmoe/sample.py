@@ -9,32 +9,60 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffmoe.cli import choose_device, run_command
-from diffmoe.config import ConfigError, RunConfig, apply_overrides, digest, from_dict
+from diffmoe.config import ConfigError, RunConfig, digest, from_dict, load_config
 from diffmoe.evaluation.grid import save_class_grid
 from diffmoe.evaluation.sampling import sample_images
-from diffmoe.models.dit import build_model
+from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import load_weights
 
 DEFAULT_WEIGHTS = Path("results/digits/checkpoints/diffmoe.safetensors")
 
 
-def load_trained(path: Path, overrides: list[str]) -> tuple[RunConfig, dict[str, torch.Tensor]]:
-    """Read weights with the configuration that they were trained with, and lay overrides over it.
+@dataclass(frozen=True)
+class Trained:
+    """Weights, with what they were trained with and what to do with them."""
+
+    config: RunConfig
+    description: dict[str, Any]
+    """config, config_digest, seed, data_digest, step, seconds of the training."""
+    weights: dict[str, torch.Tensor]
+
+    def model(self, device: torch.device) -> DiT:
+        """Return the network in eval mode, in float32.
+
+        Raises:
+            ConfigError: when the weights are of another network.
+        """
+        model = build_model(self.config.model).to(device).eval()
+        try:
+            model.load_state_dict({name: value.float() for name, value in self.weights.items()})
+        except RuntimeError:
+            raise ConfigError("the weights do not fit the configuration that is saved with them") from None
+        return model.set_backend(self.config.runtime.backend)
+
+
+def load_trained(path: Path, overrides: Sequence[str], configs: Sequence[Path] = ()) -> Trained:
+    """Read weights with the configuration that they were trained with; lay files and then overrides over it.
 
     Raises:
-        ConfigError: when the file cannot be used, or an override would change what was trained.
+        ConfigError: when the file cannot be used, or something would change what was trained.
     """
     weights, description = load_weights(path)
     trained = from_dict(RunConfig, description["config"])
-    config = from_dict(RunConfig, apply_overrides(description["config"], overrides))
+    config = load_config(configs, overrides, base=description["config"])
     if digest(config, scope="training") != digest(trained, scope="training"):
-        raise ConfigError(f"{' '.join(overrides)}: this changes what was trained; only inference options can change")
-    return config, weights
+        changes = " ".join([*map(str, configs), *overrides])
+        raise ConfigError(f"{changes}: this changes what was trained; only options of inference can change (sampling, "
+                          "evaluation, runtime, and a router's inference, selection and global_threshold)")
+    return Trained(config, description, weights)
 
 
 def main(arguments: list[str]) -> int:
@@ -49,11 +77,9 @@ def main(arguments: list[str]) -> int:
     first, _, last = options.seeds.partition("-")
     if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
         raise ConfigError(f"--seeds {options.seeds}: write FIRST-LAST, for example 0-99")
-    config, weights = load_trained(options.weights, options.overrides)
-    device = choose_device(config.runtime.device)
-    model = build_model(config.model).to(device).eval()
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    samples = sample_images(model.set_backend(config.runtime.backend), config, range(int(first), int(last) + 1))
+    trained = load_trained(options.weights, options.overrides)
+    model = trained.model(choose_device(trained.config.runtime.device))
+    samples = sample_images(model, trained.config, range(int(first), int(last) + 1))
     try:
         save_class_grid(options.out, samples.images, samples.labels)
     except OSError as error:

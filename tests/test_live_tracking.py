@@ -26,7 +26,7 @@ from diffmoe import train
 from diffmoe.config import ConfigError, RunConfig, digest
 from diffmoe.tracking import live
 from diffmoe.tracking.live import Tracker, send_run
-from diffmoe.tracking.store import EXPERIMENT, public
+from diffmoe.tracking.store import EXPERIMENT, open_store, public
 from diffmoe.training.run import LOG_FILE, Interrupted
 
 CONFIG = run_config()
@@ -38,14 +38,15 @@ NAMES = {"images", "seconds", "images_per_second", "learning_rate", "loss.mse", 
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "POLL_S", 0.02)
     monkeypatch.setattr(live, "RETRY_S", (0.05, 0.1))
+    monkeypatch.setattr(live, "FLUSH_S", 60.0)  # on a busy machine
 
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an SQLite store without runs; making one takes seconds, copying it none."""
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    with Tracker(str(path), "digits", []) as tracker, tracker.follow(path.parent, CONFIG, 99, DATA, "no lines"):
-        pass
+    with open_store(path) as client:
+        client.create_experiment(EXPERIMENT, artifact_location=path.with_name("artifacts").as_uri())
     return path
 
 
@@ -251,6 +252,18 @@ def test_a_failed_run_is_called_failed_and_its_error_arrives(store: Path, tmp_pa
     assert the_run(store).info.status == "FAILED" and steps_sent(store) == [25]
 
 
+def test_of_several_runs_each_has_its_own_end_and_one_that_never_began_is_none(store: Path, tmp_path: Path) -> None:
+    with (pytest.raises(Interrupted), Tracker(str(store), "digits", [CONFIG]) as tracker,
+          follow(tracker, tmp_path / "0"), follow(tracker, tmp_path / "1", seed=1),
+          follow(tracker, tmp_path / "2", seed=2)):
+        write(tmp_path / "0", 25)
+        (tmp_path / "0" / "ema.safetensors").touch()
+        write(tmp_path / "1", 25)
+        raise Interrupted(None)
+    assert [the_run(store, seed=seed).info.status for seed in (0, 1)] == ["FINISHED", "KILLED"]
+    assert metrics_of(store, seed=2) == {}
+
+
 def test_a_record_stands_beside_its_training_once(store: Path, tmp_path: Path) -> None:
     record = fake_record("diffmoe", 0)
     for _ in range(2):
@@ -287,6 +300,17 @@ def test_the_command_tracks_a_run_and_sends_a_finished_one(store: Path, tmp_path
     send_run(tmp_path / "run", store, "digits")
     with pytest.raises(ConfigError, match="not a checkpoint"):
         send_run(tmp_path, store, "digits")
+
+
+def test_a_store_that_is_new_appears_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(uri: str) -> None:
+        Path(uri.removeprefix("sqlite:///")).touch()
+        raise OSError("stopped")
+
+    monkeypatch.setattr("mlflow.MlflowClient", half)
+    with pytest.raises(ConfigError, match=r"mlflow\.db: cannot be used"), open_store(tmp_path / "mlflow.db"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_text_shows_name_and_password() -> None:

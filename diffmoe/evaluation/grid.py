@@ -1,9 +1,10 @@
-"""Sample grids as PNG files, and the example images that a record holds."""
+"""Samples as PNG files, in grids and one by one, and the example images that a record holds."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,17 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     missing = -len(images) % columns
     images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
     pixels = rearrange(images, "(r q) c h w -> (r h) (q w) c", q=columns)
-    Image.fromarray(pixels.squeeze(-1).numpy() if images.shape[1] == 1 else pixels.numpy()).save(path)
+    _to_picture(pixels).save(path)
+
+
+def save_each(folder: Path, images: Tensor, seeds: Sequence[int]) -> None:
+    """Write each of uint8 images (N, C, H, W), C 1 or 3, to a file named by its seed, at its own size."""
+    for seed, pixels in zip(seeds, rearrange(images, "n c h w -> n h w c"), strict=True):
+        _to_picture(pixels).save(folder / f"{seed:06d}.png")
+
+
+def _to_picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
 
 
 def examples(images: Tensor, labels: Tensor, token_load: Tensor | None) -> dict[str, Any]:
@@ -56,9 +67,9 @@ def examples(images: Tensor, labels: Tensor, token_load: Tensor | None) -> dict[
         return {}
     classes = labels.unique()[:MOST_EXAMPLE_CLASSES]
     chosen = torch.cat([(labels == label).nonzero().flatten()[:EXAMPLES_A_CLASS] for label in classes])
-    strip = rearrange(images[chosen], "n c h w -> h (n w) c").numpy()
+    strip = rearrange(images[chosen], "n c h w -> h (n w) c")
     file = io.BytesIO()
-    Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip).save(file, "PNG", optimize=True)
+    _to_picture(strip).save(file, "PNG", optimize=True)
     found = {"labels": labels[chosen].tolist(), "images": base64.b64encode(file.getvalue()).decode()}
     if token_load is not None:
         found["token_load"] = token_load[chosen].double().round(decimals=4).tolist()

@@ -43,6 +43,8 @@ from diffmoe.training.run import LOG_FIELDS, LOG_FILE, Interrupted
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+WEIGHTS = "ema.safetensors"
+"""What a finished run leaves in its folder."""
 TRAINING = "training"
 """The tag `kind` of a training's run."""
 POLL_S = 2.0
@@ -120,7 +122,10 @@ class Tracker:
 
     @contextlib.contextmanager
     def follow(self, folder: Path, config: RunConfig, seed: int, data_digest: str, name: str) -> Iterator[None]:
-        """Send what the training run in `folder` writes while the block runs, and how it ended."""
+        """Send what the training run in `folder` writes while the block runs, and how it ended.
+
+        The run may be in another process, and begin any time. Weights in its folder say that it is finished.
+        """
         if not self.store:
             yield
             return
@@ -181,7 +186,7 @@ class _Training:
                  names: Sequence[str]) -> None:
         self.later = f"send {os.path.relpath(folder)}"
         self.status: str | None = None
-        """How it ended, for MLflow; set by the thread that trains."""
+        """How it ended, for MLflow, if not with weights in its folder."""
         self._path = folder / LOG_FILE
         self._name = f"train {name} seed {seed}"
         training_digest = digest(config, scope="training")
@@ -193,8 +198,11 @@ class _Training:
         self._sent_images = 0
 
     def send(self, connection: _Connection) -> bool:
-        """Send the lines behind the last one sent; at the end the status too."""
-        ended = self.status  # read before the file: what the run wrote is in it by then
+        """Send the lines behind the last one sent; at the end the status too. A run that never began is none."""
+        # asked before the lines are read: what the run wrote is among them
+        ended = STATUS[None] if (self._path.parent / WEIGHTS).exists() else self.status
+        if not self._path.exists():
+            return ended is not None
         client = connection.client
         try:
             if self._run is None:
@@ -306,7 +314,7 @@ def send_run(folder: Path, store: Path | str, scale: str) -> None:
     Raises:
         ConfigError: when the folder holds no finished run, or the store cannot be used.
     """
-    _, description = load_weights(folder / "ema.safetensors")
+    _, description = load_weights(folder / WEIGHTS)
     config = from_dict(RunConfig, description["config"])
     task = _Training(folder, scale, config, description["seed"], description["data_digest"], folder.name,
                      parameter_names([description["config"]]))

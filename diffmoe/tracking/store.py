@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,23 @@ def connect(store: Path | str) -> MlflowClient:
 
     for name in ("alembic", "mlflow.store.db.utils", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if isinstance(store, Path):
-        store.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(store, Path) and not store.exists():
+        _create(store)
     return MlflowClient(store_uri(store))
+
+
+def _create(store: Path) -> None:
+    """Make an SQLite store aside and rename it: one that a process left half made could never be used."""
+    from mlflow import MlflowClient
+
+    store.parent.mkdir(parents=True, exist_ok=True)
+    aside = store.with_name(f"{store.name}.{os.getpid()}.partial")
+    try:
+        MlflowClient(store_uri(aside)).search_experiments()
+        with suppress(FileExistsError):  # another process was faster
+            os.link(aside, store)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager

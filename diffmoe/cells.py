@@ -18,7 +18,7 @@ import yaml
 
 from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData
-from diffmoe.evaluation.extractors import classify, distance_name, weights_file
+from diffmoe.evaluation.extractors import DIGITS, classify, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
@@ -140,6 +140,8 @@ def check_evaluation(evaluation: EvaluationConfig, data: ImageData) -> None:
     """
     check_counts(evaluation.num_samples, len(data.images), evaluation.kid_subset_size)
     weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
+    if evaluation.extractor == DIGITS:
+        classify(data.images[:1])  # refuses images of another size
 
 
 def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -226,7 +228,7 @@ def measure_samples(samples: Samples, config: RunConfig, data: ImageData, cache:
     weights = None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
                     cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
-    if evaluation.extractor == "digits64":  # a classifier of these classes
+    if evaluation.extractor == DIGITS:  # a classifier of these classes
         found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
     return found
 

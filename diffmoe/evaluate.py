@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
                         help="features of the real images (default: results/<data>/local/cache)")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # keys and options in any order
     if options.run is not None and not (options.run / "ema.safetensors").is_file():
         raise ConfigError(f"--run {options.run}: no finished run here (no ema.safetensors); train it to its end first")
     trained = load_trained(options.weights or options.run / "ema.safetensors", options.overrides, options.config)

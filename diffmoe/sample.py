@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", default="0-99", metavar="FIRST-LAST", help="one image a seed (default: 0-99)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="default: samples.png")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # keys and options in any order
     first, _, last = options.seeds.partition("-")
     if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
         raise ConfigError(f"--seeds {options.seeds}: write FIRST-LAST, for example 0-99")

@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # keys and options in any order
     paths = options.config or DEFAULT_CONFIGS
     config = load_config(paths, options.overrides)
     if options.dry_run:

@@ -164,7 +164,7 @@ def test_a_log_that_is_cut_back_under_the_follower_loses_nothing(store: Path, tm
 def test_a_broken_line_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, 25)
     with (tmp_path / LOG_FILE).open("a") as file:
-        file.write('{"step": 50, "ima\n')
+        file.write('{"step": 50, "ima\n50\n{}\n')
     write(tmp_path, 75)
     tail = live._Tail(tmp_path / LOG_FILE)
     assert [line["step"] for line in tail.read()] == [25, 75]

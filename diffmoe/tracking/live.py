@@ -287,7 +287,7 @@ class _Tail:
         """The last line seen, which ends at `offset`."""
 
     def read(self) -> list[dict[str, float]]:
-        """Return the lines; a line that is not JSON, such as a crash leaves, is passed over."""
+        """Return the lines; one that is cut off, such as a crash leaves, is passed over."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self.offset - len(self.last))
             if file.read(len(self.last)) != self.last:
@@ -305,7 +305,9 @@ class _Tail:
 def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, float]]:
     for line in lines:
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            found = json.loads(line)
+            if isinstance(found, dict) and "images" in found:
+                yield found
 
 
 def send_run(folder: Path, store: Path | str, scale: str) -> None:

@@ -308,6 +308,7 @@ def test_a_store_that_is_new_appears_whole_or_not(tmp_path: Path, monkeypatch: p
         raise OSError("stopped")
 
     monkeypatch.setattr("mlflow.MlflowClient", half)
+    (tmp_path / "mlflow.db.1234.partial").touch()  # of a process that was killed
     with pytest.raises(ConfigError, match=r"mlflow\.db: cannot be used"), open_store(tmp_path / "mlflow.db"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -114,6 +114,8 @@ def _create(store: Path) -> None:
     from mlflow import MlflowClient
 
     store.parent.mkdir(parents=True, exist_ok=True)
+    for left in store.parent.glob(f"{store.name}.*.partial*"):  # of a process that was stopped
+        left.unlink(missing_ok=True)
     aside = store.with_name(f"{store.name}.{os.getpid()}.partial")
     try:
         MlflowClient(store_uri(aside)).search_experiments()

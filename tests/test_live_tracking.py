@@ -278,6 +278,17 @@ def test_a_record_stands_beside_its_training_once(store: Path, tmp_path: Path) -
     assert found[0].data.tags["mlflow.parentRunId"] == the_run(store).data.tags["mlflow.parentRunId"]
 
 
+def test_what_cannot_be_sent_does_not_hold_up_the_rest(store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "publish_records", lambda *_: 1 / 0)
+    with Tracker(str(store), "digits", [CONFIG]) as tracker:
+        tracker.publish(fake_record("diffmoe", 0))
+        with follow(tracker, tmp_path / "run"):
+            write(tmp_path / "run", 25)
+    assert steps_sent(store) == [25] and the_run(store).info.status == "FINISHED"
+    assert "diffmoe.tracking publish --scale digits --store" in caplog.records[-1].getMessage()
+
+
 def test_without_a_store_there_is_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
     with Tracker(None, "digits", [CONFIG]) as tracker, follow(tracker, tmp_path):

@@ -157,6 +157,7 @@ class Tracker:
                 if self._tasks and connection is None:
                     connection = _Connection(connect(self.store), self.store, self.scale)
                 for task in list(self._tasks):
+                    self._tasks.append(self._tasks.pop(0))  # in turns: one that fails does not hold up the rest
                     if task.send(connection):
                         self._tasks.remove(task)
                 failures = 0

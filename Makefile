@@ -23,12 +23,14 @@ reproduce-table1: setup
 
 publish: setup
 	$(BIN)/python -m diffmoe.reproduce --rows baselines/table1.yaml --scale $(SCALE) --publish
+	$(BIN)/python -m diffmoe.report.readme
 
 mlflow-ui: setup
 	$(BIN)/python -m diffmoe.tracking ui --scale $(SCALE)
 
 check-results: setup
 	$(BIN)/python -m diffmoe.report results/digits --check
+	$(BIN)/python -m diffmoe.report.readme --check
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow"

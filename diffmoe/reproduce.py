@@ -30,6 +30,7 @@ from diffmoe.records import Record, read_records
 from diffmoe.report.__main__ import write_report
 from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
+from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.workers import RunCell, cpu_count, run_groups
 
@@ -53,10 +54,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N",
                         help="processes at work at a time, each with one thread (default: a core each; on a GPU 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
+    add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="list the missing cells")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/records and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     scale = CONFIGS / f"{options.scale}.yaml"
     if not scale.exists():
         raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}; imagenet256 needs latents, which "
@@ -82,14 +84,18 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(1)  # of the CPU: as in several processes, so that a result is one at any --jobs
         run = partial(run_cell, scale=options.scale, data=data, store=store, device=device,
                       deadline=time.monotonic() + 60 * options.time_budget)
-        _run(groups, run, jobs, store)
+        with Tracker(options.track, options.scale, [row.config for row in rows]) as tracker, ExitStack() as stack:
+            for cell, *_ in groups:
+                stack.enter_context(tracker.follow(store.run_folder(cell, data), cell.row.config, cell.seed,
+                                                   data.digest, cell.row.system))
+            _run(groups, run, jobs, store, tracker)
     write_report(store.folder)
     print(brief_table(read_records(store.records)))
     print(f"table, verdicts and figures: {store.folder}")
     return 0
 
 
-def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store) -> None:
+def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store, tracker: Tracker) -> None:
     """Run the cells, show how far each is, and print the table whenever a seed is complete."""
     left = Counter(cell.seed for group in groups for cell in group)
     bars: dict[str, TrainingBar] = {}
@@ -105,6 +111,7 @@ def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store) -> Non
         overall = stack.enter_context(tqdm(total=left.total(), desc="cells", unit="cell"))
         stack.callback(lambda: [bar.close() for bar in bars.values()])
         for record in stack.enter_context(closing(run_groups(groups, run, jobs, watch))):
+            tracker.publish(record)
             tqdm.write(_summary(record))
             overall.update()
             left[record.seed] -= 1

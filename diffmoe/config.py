@@ -39,6 +39,8 @@ class ConfigError(ValueError):
 
 INFERENCE = {"scope": "inference"}
 RUNTIME = {"scope": "runtime"}
+PLACE = RUNTIME | {"place": True}
+"""Where something lies on this machine; see `shareable`."""
 
 
 class ProcessKind(enum.StrEnum):
@@ -199,10 +201,10 @@ class DataConfig:
     name: str
     """`digits`: scikit-learn's handwritten digits. `cifar10`: from `path`, or downloaded. `folder`: an image folder.
     `idx`: MNIST's or Fashion-MNIST's files."""
-    path: str | None = field(default=None, metadata=RUNTIME)
+    path: str | None = field(default=None, metadata=PLACE)
     """Folder of the data. cifar10 and folder: one folder of images a class. idx: train-images-idx3-ubyte(.gz) and
     train-labels-idx1-ubyte(.gz). null: cifar10 is downloaded."""
-    cache: str | None = field(default=None, metadata=RUNTIME)
+    cache: str | None = field(default=None, metadata=PLACE)
     """Folder of downloads; null: $XDG_CACHE_HOME/diffmoe or ~/.cache/diffmoe."""
     horizontal_flip: bool = False
     """Mirror half of the training images at random, anew each epoch; the reference set stays as it is."""
@@ -291,7 +293,7 @@ class EvaluationConfig:
     """Images drawn, seeds 0 to num_samples - 1."""
     kid_subset_size: int = field(default=1000, metadata=INFERENCE)
     """Images of one kernel-distance subset; at most num_samples."""
-    extractor_weights: str | None = field(default=None, metadata=RUNTIME)
+    extractor_weights: str | None = field(default=None, metadata=PLACE)
     """File of the extractor's weights where they cannot be downloaded."""
 
     def __post_init__(self) -> None:
@@ -312,8 +314,12 @@ class RuntimeConfig:
     """torch.compile of the network."""
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
+    max_skipped_steps: int = field(default=100, metadata=RUNTIME)
+    """Steps of a run that may change nothing because a loss or gradient was not finite; one more stops it. No part of a
+    digest: a run that ends is the same at any number."""
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "max_skipped_steps")
         require(self.micro_batch_size is None or self.micro_batch_size >= 1, "runtime.micro_batch_size",
                 self.micro_batch_size, "use 1 or more, or null")
 
@@ -437,6 +443,25 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value.value if isinstance(value, enum.Enum) else value
 
     return simplify(plain)
+
+
+def shareable(config: Any) -> dict[str, Any]:
+    """Return `to_dict(config)` without the places of this machine: null where a file lies elsewhere anyway.
+
+    What records and checkpoints hold; the content of such files is named by its digest.
+    """
+    plain = to_dict(config)
+
+    def forget(node: Any, part: dict[str, Any]) -> None:
+        for spec in dataclasses.fields(node):
+            value = getattr(node, spec.name)
+            if dataclasses.is_dataclass(value):
+                forget(value, part[spec.name])
+            elif spec.metadata.get("place"):
+                part[spec.name] = None
+
+    forget(config, plain)
+    return plain
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (),

@@ -261,7 +261,7 @@ INFERENCE_CHANGES = {
     "evaluation.kid_subset_size": 100,
 }
 RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
-                   "runtime.micro_batch_size": 4,
+                   "runtime.micro_batch_size": 4, "runtime.max_skipped_steps": 0,
                    "data.path": "images", "data.cache": "cache", "evaluation.extractor_weights": "weights.safetensors"}
 CHANGES = [  # (changed keys, the training digest changes, the inference digest changes)
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),

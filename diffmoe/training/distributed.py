@@ -1,15 +1,32 @@
-"""One process or many under torchrun: who am I, and sums over all."""
+"""One process or many under torchrun: who am I, sums over all, and an end when one of them is gone.
+
+A process that dies or hangs leaves the others waiting in a collective. They end themselves after `HANG_S`, torchrun
+ends what is left within another 30 seconds, and starts all again when told to (`--max-restarts`); the run then goes on
+from its checkpoint.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from diffmoe.config import ConfigError
+
+START_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for another process before training: data are read and networks compiled meanwhile."""
+HANG_S = 25.0
+"""Longest time without a step in training; torchrun's own 30 seconds for stopping the rest are within a minute then."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +55,43 @@ class World:
         parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Say whether `flag` is set in any process."""
+    def least(self, tensor: Tensor) -> Tensor:
+        """Return the smallest value of each entry over all processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def largest(self, values: list[float], device: torch.device) -> list[float]:
+        """Return the largest of each number over all processes."""
         if self.size == 1:
-            return flag
-        total = torch.tensor(int(flag), device=device)
-        dist.all_reduce(total)
-        return bool(total)
+            return values
+        return (-self.least(torch.tensor([-value for value in values], dtype=torch.float64, device=device))).tolist()
+
+    def from_main(self, value: Any) -> Any:
+        """Return what the main process has for plain data `value`."""
+        if self.size == 1:
+            return value
+        holder = [json.dumps(value)]
+        dist.broadcast_object_list(holder)
+        return json.loads(holder[0])
+
+    def require_agreement(self, settings: dict[str, Any]) -> None:
+        """Compare plain data that must be the same everywhere.
+
+        Raises:
+            ConfigError: in every process, for the first key whose values differ.
+        """
+        if self.size == 1:
+            return
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, json.dumps(settings))
+        main, *others = map(json.loads, texts)
+        for rank, other in enumerate(others, 1):
+            for key in sorted(main.keys() | other.keys()):
+                if main.get(key) != other.get(key):
+                    raise ConfigError(f"{key}={other.get(key)} in process {rank} of {self.size}, but {main.get(key)} "
+                                      "in process 0; start all of them with one command on the same data")
 
 
 ALONE = World()
@@ -57,8 +104,44 @@ def join_world(device: torch.device) -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+class Heartbeat:
+    """Ends a process of several that has made no step for `limit_s`: it waits for one that died or hangs."""
+
+    def __init__(self, world: World, limit_s: float) -> None:
+        self.world = world
+        self.limit_s = limit_s
+        self.beats = threading.Event()
+        self.stopped = False
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped = True
+        self.beats.set()
+
+    def beat(self) -> None:
+        """Say that this process is alive; the first call starts the watch."""
+        if self.world.size > 1:
+            self.beats.set()
+            if not self.thread.is_alive():
+                self.thread.start()
+
+    def _watch(self) -> None:
+        while self.beats.wait(self.limit_s):
+            self.beats.clear()
+            if self.stopped:
+                return
+        print(f"error: process {self.world.rank} of {self.world.size} has made no step for {self.limit_s:.0f} s: "
+              "another one hangs or died; the same command goes on from its checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread is in a collective that does not end

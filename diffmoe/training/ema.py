@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffmoe.config import EmaBuffers
 
@@ -24,12 +24,20 @@ class Ema:
         self.buffers = buffers
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float) -> None:
-        """Take one step towards `model` (of the same structure)."""
+    def update(self, model: nn.Module, decay: float, unless: Tensor | None = None) -> None:
+        """Take one step towards `model` (of the same structure).
+
+        Args:
+            unless: bool scalar on the model's device that turns this into no step, without waiting for it.
+        """
         averaged, current = list(self.model.parameters()), list(model.parameters())
         if self.buffers is EmaBuffers.AVERAGE:
             averaged, current = averaged + list(self.model.buffers()), current + list(model.buffers())
         else:
             for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
                 copied.copy_(buffer)
-        torch._foreach_lerp_(averaged, [value.detach() for value in current], 1 - decay)
+        values = [value.detach() for value in current]
+        if unless is None:
+            torch._foreach_lerp_(averaged, values, 1 - decay)
+        else:  # a weight that lies on the device
+            torch._foreach_lerp_(averaged, values, [(1 - decay) * ~unless] * len(values))

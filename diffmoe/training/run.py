@@ -1,30 +1,34 @@
 """One training run in one folder: started, interrupted, gone on with, finished; the same command does all of it.
 
-The folder holds config.yaml, losses.jsonl, checkpoint.safetensors while it runs, and at the end ema.safetensors.
+The folder holds config.yaml, losses.jsonl, events.jsonl (what `Watch` noticed), while it runs some
+checkpoint-<step>.safetensors, and at the end ema.safetensors. Whenever a process dies, the newest whole checkpoint and
+the log lines up to its step are there; the next start repeats the steps after it, on a CPU bit for bit.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
-from diffmoe.config import ConfigError, RunConfig, digest, to_dict
+from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData
 from diffmoe.models.dit import DiT, build_model
-from diffmoe.training.checkpoint import load_weights, locked, save_weights
-from diffmoe.training.distributed import ALONE, World
+from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, reason, save_weights, write_whole
+from diffmoe.training.distributed import ALONE, HANG_S, Heartbeat, World
+from diffmoe.training.log import JsonLines, read_lines
+from diffmoe.training.signals import Signals
 from diffmoe.training.trainer import Trainer
+from diffmoe.training.watch import Watch
 
 LOG_EVERY = 25
 """Steps between two lines of losses.jsonl; reading losses waits for the device."""
@@ -33,6 +37,8 @@ LOG_FIELDS = ("step", "images", "seconds", "images_per_second", "learning_rate")
 """What a line of losses.jsonl holds besides the losses; the throughput is that since the line before."""
 SAVE_EVERY_S = 60.0
 """Seconds between checkpoints."""
+MEET_S = 2.0
+"""Seconds after which several processes agree whether to stop, `LOG_EVERY` steps at most."""
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, dict[str, float]], None]
@@ -64,138 +70,194 @@ class TrainedRun:
 
     def losses(self) -> list[list[Any]]:
         """Return [step, {name: loss}] of each line of the log."""
-        lines = [json.loads(line) for line in (self.folder / LOG_FILE).read_text().splitlines()]
         return [[line["step"], {name: value for name, value in line.items() if name not in LOG_FIELDS}]
-                for line in lines]
+                for line in read_lines(self.folder / LOG_FILE)]
 
 
 def train_run(config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, *,
               world: World = ALONE, deadline: float = math.inf,
               progress: Progress = lambda step, losses: None) -> TrainedRun:
-    """Train to the end, going on from the folder's checkpoint if it has one; a finished run is only returned.
+    """Train to the end, going on from the folder's newest checkpoint; a finished run is only returned.
 
     Args:
         deadline: value of `time.monotonic()` at which to save and stop.
 
     Raises:
-        ConfigError: when the folder is in use, cannot be written or belongs to another run, or a loss is not finite.
+        ConfigError: when the folder is in use, cannot be written or belongs to another run, when too many losses or
+            gradients are not finite, or when the processes were started differently.
         Interrupted: after SIGTERM, SIGINT or the deadline, with the state saved.
     """
     identity = {"config_digest": digest(config, scope="training"), "seed": seed, "data_digest": data.digest}
-    if not world.is_main:
-        return _train(config, seed, data, folder, device, world, deadline, progress, identity)
-    with locked(folder):
+    runtime = {f"runtime.{key}": value for key, value in to_dict(config.runtime).items() if key != "device"}
+    world.require_agreement(identity | runtime | {"torch": torch.__version__})
+    with locked(folder) if world.is_main else contextlib.nullcontext():
         finished = folder / "ema.safetensors"
-        if finished.exists():
-            _, description = load_weights(finished)
+        description = load_weights(finished)[1] if world.is_main and finished.exists() else None
+        description = world.from_main(description)
+        if description is not None:
             _check_identity(finished, description, identity)
             return TrainedRun(folder, description)
-        return _train(config, seed, data, folder, device, world, deadline, progress, identity)
+        try:
+            run = _Run(config, seed, data, folder, device, world, identity)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({reason(error)}); choose another with --out") from None
+        return run.train(deadline, progress)
 
 
-def _train(config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, world: World,
-           deadline: float, progress: Progress, identity: dict[str, Any]) -> TrainedRun:
-    trainer = Trainer(config, seed, data, device, world)
-    saved = folder / "checkpoint.safetensors"
-    seconds = 0.0
-    if saved.exists():
-        state, description = load_weights(saved)
-        _check_identity(saved, description, identity)
-        trainer.load_state(state, description["step"])
-        seconds = description["seconds"]
-    started = last_save = time.monotonic()
+class _Run:
+    """A run that is under way: the trainer with what it writes and watches."""
 
-    def describe() -> dict[str, Any]:
-        return identity | {"config": to_dict(config), "step": trainer.step,
-                           "seconds": seconds + time.monotonic() - started}
-
-    def save() -> None:
+    def __init__(self, config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, world: World,
+                 identity: dict[str, Any]) -> None:
+        self.config, self.folder, self.device, self.world, self.identity = config, folder, device, world, identity
+        self.trainer = Trainer(config, seed, data, device, world)
+        self.checkpoints = Checkpoints(folder, asynchronous=device.type == "cuda")
+        description = self._go_on()
+        self.watch = Watch(description.get("watch"))
+        self.seconds = description.get("seconds", 0.0)
+        self.objectives: list[Tensor] = []  # of the steps since the last look, still on the device
+        self.next_meeting, self.last_meeting = 0, (self.trainer.step, time.monotonic())
         if world.is_main:
-            save_weights(saved, trainer.state(), describe())
+            text = yaml.safe_dump(to_dict(config), sort_keys=False)
+            write_whole(folder / "config.yaml", lambda aside: aside.write_text(text))
+        self.losses, self.events = (JsonLines(folder / name if world.is_main else None, self.trainer.step)
+                                    for name in (LOG_FILE, "events.jsonl"))
 
-    if world.is_main:
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    lines = _LossLog(folder / LOG_FILE, trainer.step, config.training.batch_size, enabled=world.is_main)
-    values: dict[str, float] = {}
-    with lines, _Signals() as signals:
-        while trainer.step < config.training.num_steps:
-            losses = trainer.train_step()
-            if trainer.step % LOG_EVERY == 0 or trainer.step == config.training.num_steps:
-                means = world.mean(list(losses.values()))
-                values = {name: mean.item() for name, mean in zip(losses, means, strict=True)}
-                if not all(map(math.isfinite, values.values())):
-                    raise ConfigError(f"step {trainer.step}: the loss is {values}; lower training.learning_rate, or go "
-                                      f"on from an earlier state in {folder}")
-                lines.write(trainer.step, describe()["seconds"], trainer.optimizer.param_groups[0]["lr"], values)
-                if time.monotonic() - last_save > SAVE_EVERY_S:
-                    save()
-                    last_save = time.monotonic()
-            progress(trainer.step, values)
-            if world.size == 1 or trainer.step % LOG_EVERY == 0:  # several processes agree when they meet anyway
-                stop = world.any(signals.received is not None or time.monotonic() > deadline, device)
-                if stop and trainer.step < config.training.num_steps:
-                    save()
-                    raise Interrupted(signals.received)
-    description = describe()
-    if world.is_main:
-        save_weights(folder / "ema.safetensors", trainer.ema.model.state_dict(), description)
-        saved.unlink(missing_ok=True)
-    return TrainedRun(folder, description)
+    def train(self, deadline: float, progress: Progress) -> TrainedRun:
+        """Train to the end, see `train_run`."""
+        trainer, num_steps = self.trainer, self.config.training.num_steps
+        self.started = last_save = time.monotonic()
+        self.last_line = trainer.step, self.started
+        values: dict[str, float] = {}
+        stop = False
+        with self.losses, self.events, Signals() as signals:
+            if trainer.step == 0:
+                self._save()  # now is when to learn that the disk is full
+            with Heartbeat(self.world, HANG_S) as heart:
+                while trainer.step < num_steps and not stop:
+                    losses = trainer.train_step()
+                    self.objectives.append(trainer.objective)
+                    if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
+                        values, good = self._look(losses)
+                        if good and time.monotonic() - last_save > SAVE_EVERY_S:
+                            self._save()
+                            last_save = time.monotonic()
+                        heart.beat()
+                    progress(trainer.step, values)
+                    stop = self._asked_to_stop(signals.received is not None or time.monotonic() > deadline)
+            if trainer.step < num_steps:
+                self._notice()
+                self._save(final=True)
+                self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
+                raise Interrupted(signals.received)
+            description = self._describe()
+            if self.world.is_main:
+                self._finish(description)
+        if signals.received is not None:  # too late for the training, not for what comes after it
+            raise Interrupted(signals.received)
+        return TrainedRun(self.folder, description)
+
+    def _go_on(self) -> dict[str, Any]:
+        """Load the newest whole checkpoint, the main process's choice; return its description, empty without one."""
+        found = self.checkpoints.newest() if self.world.is_main else None
+        name = self.world.from_main(found[2].name if found else None)
+        if name is None:
+            return {}
+        state, description = found[:2] if found else load_weights(self.folder / name)
+        _check_identity(self.folder / name, description, self.identity)
+        self.trainer.load_state(state, description["step"])
+        return description
+
+    def _look(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
+        """Read what the device has: log the losses, and say whether every step since the last look changed something.
+
+        Raises:
+            ConfigError: after too many steps that did not.
+        """
+        step, skipped = self.trainer.step, self.watch.skipped
+        means = self.world.mean(list(losses.values()))
+        values = {name: mean.item() for name, mean in zip(losses, means, strict=True)}
+        self._notice()
+        for event in self.watch.experts(step, self.world.least(self.trainer.idle_LE).tolist()):
+            self._tell(event)
+        if all(map(math.isfinite, values.values())):
+            self._write_losses(values)
+        if self.watch.skipped > self.config.runtime.max_skipped_steps:
+            raise ConfigError(f"step {step}: {self.watch.skipped} steps changed nothing, for the loss or a gradient was "
+                              f"not finite (now {values}); lower training.learning_rate, or look at the images that "
+                              f"{self.folder / 'events.jsonl'} names. The checkpoints are from before")
+        return values, self.watch.skipped == skipped
+
+    def _write_losses(self, values: dict[str, float]) -> None:
+        (before, at), step, now = self.last_line, self.trainer.step, time.monotonic()
+        batch_size, rate = self.config.training.batch_size, self.trainer.optimizer.param_groups[0]["lr"]
+        speed = (step - before) * batch_size / (now - at)
+        fields = (step, step * batch_size, self.seconds + now - self.started, speed, rate)
+        self.losses.write(dict(zip(LOG_FIELDS, fields, strict=True)) | values)
+        self.last_line = step, now
+
+    def _notice(self) -> None:
+        """Look at the objectives of the steps since the last time."""
+        if not self.objectives:
+            return
+        first, batch_size = self.trainer.step - len(self.objectives) + 1, self.config.training.batch_size
+        for event in self.watch.steps(first, torch.stack(self.objectives).tolist()):
+            if event["event"] == "not finite":
+                event["images"] = self.trainer.order.indices((event["step"] - 1) * batch_size, batch_size).tolist()
+            self._tell(event)
+        self.objectives.clear()
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self.events.write(event)
+        if self.world.is_main:
+            log.warning("step %d: %s, see %s", event["step"], event["event"], self.events.path)
+
+    def _asked_to_stop(self, asked: bool) -> bool:
+        """Say whether any process was asked to stop; several agree every few steps, since that waits for the device."""
+        if self.world.size == 1:
+            return asked
+        step, now = self.trainer.step, time.monotonic()
+        if step < self.next_meeting:
+            return False
+        met, at = self.last_meeting
+        stop, step_s = self.world.largest([float(asked), (now - at) / (step - met)], self.device)
+        self.next_meeting = step + max(1, min(LOG_EVERY, int(MEET_S / max(step_s, 1e-6))))
+        self.last_meeting = step, now
+        return stop > 0
+
+    def _describe(self) -> dict[str, Any]:
+        return self.identity | {"config": shareable(self.config), "step": self.trainer.step,
+                                "watch": self.watch.state(),
+                                "seconds": self.seconds + time.monotonic() - self.started}
+
+    def _save(self, *, final: bool = False) -> None:
+        """Write a checkpoint, after the log lines up to its step; `final`: or stop with one line."""
+        if not self.world.is_main:
+            return
+        error = self._sync_logs()
+        if final and error is not None:
+            raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same command "
+                              "goes on from the last checkpoint")
+        save = self.checkpoints.save_now if final else self.checkpoints.save
+        if error is None:
+            save(self.trainer.state(), self._describe())
+
+    def _sync_logs(self) -> OSError | None:
+        return self.losses.flush(sync=True) or self.events.flush(sync=True)
+
+    def _finish(self, description: dict[str, Any]) -> None:
+        """Write the averaged network in place of the checkpoints."""
+        try:
+            if error := self._sync_logs():
+                raise error
+            save_weights(self.folder / "ema.safetensors", self.trainer.ema.model.state_dict(), description)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: the trained weights cannot be written ({reason(error)}); make room, and "
+                              "the same command goes on from the last checkpoint") from None
+        self.checkpoints.clear()
 
 
 def _check_identity(path: Path, description: dict[str, Any], identity: dict[str, Any]) -> None:
     for key, value in identity.items():
         if description.get(key) != value:
             raise ConfigError(f"{path}: of another run ({key} {description.get(key)}, not {value}); use another folder")
-
-
-class _LossLog:
-    """losses.jsonl, cut back on resume to what the checkpoint has seen."""
-
-    def __init__(self, path: Path, step: int, batch_size: int, *, enabled: bool) -> None:
-        self.file = None
-        self.step, self.batch_size, self.written = step, batch_size, time.monotonic()
-        if enabled:
-            kept = [line for line in path.read_text().splitlines()
-                    if json.loads(line)["step"] <= step] if path.exists() else []
-            self.file = path.open("w")
-            self.file.writelines(line + "\n" for line in kept)
-
-    def __enter__(self) -> _LossLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, step: int, seconds: float, learning_rate: float, losses: dict[str, float]) -> None:
-        if self.file is not None:
-            now = time.monotonic()
-            speed = (step - self.step) * self.batch_size / (now - self.written)
-            line = zip(LOG_FIELDS, (step, step * self.batch_size, seconds, speed, learning_rate), strict=True)
-            print(json.dumps(dict(line) | losses), file=self.file, flush=True)
-            self.step, self.written = step, now
-
-
-class _Signals:
-    """Remembers SIGTERM and the first SIGINT for the loop to act on; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        try:
-            self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: whoever started the thread handles signals
-            log.debug("signals are left to the main thread")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number

@@ -6,6 +6,7 @@ whole batch, of which a process takes its share, in one or several micro-batches
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffmoe.config import Precision, RunConfig, require, resolve_router
+from diffmoe.config import ConfigError, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageData, ImageOrder
 from diffmoe.data.images import seeded_generator, to_model_range
 from diffmoe.diffusion import build_process
@@ -79,6 +80,12 @@ class Trainer:
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
         self.step = 0
+        self.objective = torch.zeros((), device=device)
+        """Sum of the last step's losses, mean over processes; not finite when the step changed nothing."""
+        layers = self.model.moe_layers()
+        self.idle_LE = torch.zeros(len(layers), config.model.moe.num_experts if layers else 0, dtype=torch.int32,
+                                   device=device)
+        """Steps since each expert last had a token of this process."""
 
     def batch(self, step: int) -> Batch:
         """Draw the inputs of optimiser step `step` (from 0), of all processes together."""
@@ -111,28 +118,53 @@ class Trainer:
         return {name: term.mean() for name, term in terms.items()} | seen[0].losses(), seen[0]
 
     def train_step(self) -> dict[str, Tensor]:
-        """Make one optimiser step; return its losses, this process's mean, detached and still on the device."""
+        """Make one optimiser step; return its losses, this process's mean, detached and still on the device.
+
+        A loss or gradient that is not finite changes nothing: no weight, average, threshold or optimiser state.
+        """
         training = self.config.training
         batch = self.batch(self.step).rows(self.world.share(training.batch_size))
-        losses, observed = self.gradients(batch.images, batch.labels, batch.noise, batch.times)
+        losses, (objective, *observed) = self.gradients(batch.images, batch.labels, batch.noise, batch.times)
+        self.objective, *observed = self.world.mean([objective, *observed])
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate * self._warmup_factor()
-        self.optimizer.step()
-        if observed:
-            self.model.update_routers(self.world.mean(observed), self.step)
-        self.ema.update(self.model, training.ema_decay)
+        self._update(observed)
         self.step += 1
         return losses
 
+    @torch.no_grad()
+    def _update(self, observed: list[Tensor]) -> None:
+        """Move weights, routers and average, unless the objective is not finite; a GPU is not waited for to know."""
+        broken = ~self.objective.isfinite()
+        on_device = self.optimizer.defaults["fused"]
+        if on_device:
+            self.optimizer.found_inf = broken.float()  # read by the fused kernels
+        elif broken:
+            return
+        buffers = [buffer for layer in self.model.moe_layers().values() for buffer in layer.router.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        self.optimizer.step()
+        if observed:
+            self.model.update_routers(observed, self.step)
+        if on_device:
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(broken, old, buffer))
+        self.ema.update(self.model, self.config.training.ema_decay, unless=broken if on_device else None)
+
     def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Set the gradients of a batch (its four tensors); return its losses and what the routers observed."""
+        """Set the gradients of a batch (its four tensors).
+
+        Returns:
+            its losses; and their sum, NaN if a gradient is not finite, before what the routers observed.
+        """
         batch = Batch(*inputs)
         num_parts = len(batch.images) // self.micro_batch
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         observed: list[Tensor] = []
+        counts_LE = torch.zeros_like(self.idle_LE, dtype=torch.int64)
         for part in range(num_parts):
             rows = batch.rows(slice(part * self.micro_batch, (part + 1) * self.micro_batch))
             losses, output = self.losses(rows)
@@ -140,30 +172,44 @@ class Trainer:
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
-        return total, observed
+            if output.routings:
+                counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
+        self.idle_LE.add_(1).mul_(counts_LE == 0)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        finite = torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
+        return total, [sum(total.values()).masked_fill(~finite, math.nan), *observed]
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser."""
         moments = self.optimizer.state_dict()["state"]
         named = {f"optimizer.{index}.{name}": torch.as_tensor(value)
                  for index, values in moments.items() for name, value in values.items()}
+        named["idle.experts"] = self.idle_LE
         models = {"model": self.model, "ema": self.ema.model}
         return named | {f"{key}.{name}": value for key, model in models.items()
                         for name, value in model.state_dict().items()}
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Go on from what `state` returned after `step` steps."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, value in state.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        self.model.load_state_dict(parts["model"])
-        self.ema.model.load_state_dict(parts["ema"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, moment = name.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        """Go on from what `state` returned after `step` steps.
+
+        Raises:
+            ConfigError: when it is not the state of this trainer.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "idle": {}}
+        try:
+            for name, value in state.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+            self.model.load_state_dict(parts["model"])
+            self.ema.model.load_state_dict(parts["ema"])
+            self.idle_LE.copy_(parts["idle"]["experts"])
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, value in parts["optimizer"].items():
+                index, _, moment = name.partition(".")
+                moments.setdefault(int(index), {})[moment] = value
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"the state of step {step} is of another version of this program ({error})") from None
         self.step = step
 
     def _warmup_factor(self) -> float:

@@ -1,0 +1,131 @@
+"""Real processes that train a tiny run, to be killed, stopped, starved and started again.
+
+They are forked from a server that has imported everything, so that a start takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from diffmoe.cli import run_command
+from diffmoe.config import RunConfig, load_config
+from diffmoe.data import load_data
+from diffmoe.train import CONFIGS
+from diffmoe.training import distributed, run
+from diffmoe.training.checkpoint import load_weights, save_weights
+from diffmoe.training.log import read_lines
+from diffmoe.training.trainer import Trainer
+
+TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4", "training.batch_size=4",
+        "training.learning_rate=0.01"]
+HANG_S = 1.5
+LOG_EVERY = 5
+CPU = torch.device("cpu")
+Fault = Callable[[int, Path], None]
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["processes", "sklearn.datasets"])
+
+
+def tiny_config(*overrides: str) -> RunConfig:
+    return load_config([CONFIGS / "digits.yaml"], [*TINY, *overrides])
+
+
+def images(steps: int) -> str:
+    """Return the override that makes a run as many steps long."""
+    return f"training.num_images={4 * steps}"
+
+
+def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int | None = None, port: int = 0,
+          seed: int = 0) -> BaseProcess:
+    """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
+    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed))
+    process.start()
+    return process
+
+
+def said(folder: Path, rank: int | None = None) -> str:
+    """Return what the processes of a folder have said on stderr."""
+    return _errors(folder, rank).read_text()
+
+
+def finish(process: BaseProcess, within_s: float = 120) -> int:
+    """Wait for a process and return its exit code."""
+    process.join(within_s)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 60) -> None:
+    """Wait until something is the case."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
+
+
+def outcome(folder: Path) -> tuple[list[dict], list[dict], dict, dict]:
+    """Return all that a finished run is: its logs, the averaged network, the state at the end."""
+    logs = [[{key: value for key, value in line.items() if key != "images_per_second"} for line in read_lines(folder / name)]
+            for name in ("losses.jsonl", "events.jsonl")]
+    return *logs, load_weights(folder / "ema.safetensors")[0], load_weights(folder / "state.safetensors")[0]
+
+
+def assert_same_outcome(one: Path, other: Path) -> None:
+    """Compare two finished runs bit for bit."""
+    for mine, yours in zip(outcome(one), outcome(other), strict=True):
+        if isinstance(mine, list):
+            assert mine == yours
+        else:
+            assert mine.keys() == yours.keys()
+            assert all(torch.equal(value, yours[name]) for name, value in mine.items())
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _errors(folder: Path, rank: int | None) -> Path:
+    return folder.with_name(f"{folder.name}.{rank}.err")
+
+
+def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int) -> None:
+    errors = os.open(_errors(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(errors, 2)
+    torch.set_num_threads(1)
+    if rank is not None:
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "GLOO_SOCKET_IFNAME": loopback}
+    run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, 0.0, HANG_S
+    trainers = []
+
+    class Kept(Trainer):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            trainers.append(self)
+
+    run.Trainer = Kept
+
+    def main(_: list[str]) -> int:
+        config = tiny_config(*overrides)
+        with distributed.join_world(CPU) as world:
+            run.train_run(config, seed, load_data(config.data, config.model), folder, CPU, world=world,
+                          progress=lambda step, losses: fault(step, folder) if fault else None)
+            if world.is_main and trainers:
+                save_weights(folder / "state.safetensors", trainers[0].state(), {})
+        return 0
+
+    code = run_command(main)
+    os._exit(code)

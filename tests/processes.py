@@ -8,22 +8,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from diffmoe.cli import run_command
 from diffmoe.config import RunConfig, load_config
 from diffmoe.data import load_data
+from diffmoe.evaluation.sampling import sample_images
 from diffmoe.train import CONFIGS
 from diffmoe.training import distributed, run
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.log import read_lines
-from diffmoe.training.trainer import Trainer
 
 TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4", "training.batch_size=4",
         "training.learning_rate=0.01"]
@@ -46,10 +48,11 @@ def images(steps: int) -> str:
 
 
 def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int | None = None, port: int = 0,
-          seed: int = 0) -> BaseProcess:
+          seed: int = 0, sample: bool = False) -> BaseProcess:
     """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
-    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed))
-    process.start()
+    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed, sample))
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server does not get sys.path otherwise
+        process.start()
     return process
 
 
@@ -100,7 +103,8 @@ def _errors(folder: Path, rank: int | None) -> Path:
     return folder.with_name(f"{folder.name}.{rank}.err")
 
 
-def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int) -> None:
+def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int,
+           sample: bool) -> None:
     errors = os.open(_errors(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     torch.set_num_threads(1)
@@ -109,22 +113,21 @@ def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: 
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "GLOO_SOCKET_IFNAME": loopback}
     run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, 0.0, HANG_S
-    trainers = []
+    finish_run = run._Run._finish
 
-    class Kept(Trainer):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            trainers.append(self)
+    def finish_and_show_the_state(under_way: run._Run, description: dict) -> None:
+        save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
+        finish_run(under_way, description)
 
-    run.Trainer = Kept
+    run._Run._finish = finish_and_show_the_state
 
     def main(_: list[str]) -> int:
         config = tiny_config(*overrides)
         with distributed.join_world(CPU) as world:
-            run.train_run(config, seed, load_data(config.data, config.model), folder, CPU, world=world,
+            trained = run.train_run(config, seed, load_data(config.data, config.model), folder, CPU, world=world,
                           progress=lambda step, losses: fault(step, folder) if fault else None)
-            if world.is_main and trainers:
-                save_weights(folder / "state.safetensors", trainers[0].state(), {})
+        if sample:
+            sample_images(trained.load_average(config, CPU), config, range(4))
         return 0
 
     code = run_command(main)

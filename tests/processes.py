@@ -27,8 +27,8 @@ from diffmoe.training import distributed, run
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.log import read_lines
 
-TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4", "training.batch_size=4",
-        "training.learning_rate=0.01"]
+TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4",
+        "training.batch_size=4", "training.learning_rate=0.01"]
 HANG_S = 1.5
 LOG_EVERY = 5
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int |
           seed: int = 0, sample: bool = False) -> BaseProcess:
     """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
     process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed, sample))
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server does not get sys.path otherwise
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server has no other way to it
         process.start()
     return process
 
@@ -78,8 +78,9 @@ def wait_for(condition: Callable[[], bool], within_s: float = 60) -> None:
 
 def outcome(folder: Path) -> tuple[list[dict], list[dict], dict, dict]:
     """Return all that a finished run is: its logs, the averaged network, the state at the end."""
-    logs = [[{key: value for key, value in line.items() if key != "images_per_second"} for line in read_lines(folder / name)]
-            for name in ("losses.jsonl", "events.jsonl")]
+    logs = [read_lines(folder / name) for name in ("losses.jsonl", "events.jsonl")]
+    for line in logs[0]:
+        line.pop("images_per_second", None)
     return *logs, load_weights(folder / "ema.safetensors")[0], load_weights(folder / "state.safetensors")[0]
 
 

@@ -196,8 +196,9 @@ def lose_permission(step, folder):
             folder.chmod(0o500)
 
 
-@pytest.mark.parametrize(("fault", "reason"), [(fill_the_disk, "File too large"), (lose_permission, "Permission denied"),
-                                               (fill_the_disk_and_stop, "File too large")])
+@pytest.mark.parametrize(("fault", "reason"), [
+    (fill_the_disk, "File too large"), (lose_permission, "Permission denied"),
+    (fill_the_disk_and_stop, "File too large")])
 def test_a_run_that_cannot_write_ends_with_one_line_and_loses_nothing(whole, tmp_path, fault, reason):
     folder = tmp_path / "run"
     assert finish(start(folder, images(STEPS), fault=fault)) == 2

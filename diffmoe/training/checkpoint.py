@@ -65,7 +65,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], description: Mapping[s
         OSError: when it cannot be written; what was at `path` is still there.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps(dict(description) | {"sha256": _digest(tensors, description)})
+    text = json.dumps([_digest(tensors, description), description])
     write_whole(path, lambda aside: save_file(tensors, aside, metadata={"description": text}))
 
 
@@ -77,11 +77,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
     """
     try:
         with safe_open(path, framework="pt") as weights:
-            description = json.loads((weights.metadata() or {})["description"])
+            written = json.loads((weights.metadata() or {})["description"])
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
-        expected = description.pop("sha256", None)  # None: of a release that wrote no digest
-        whole = expected is None or expected == _digest(tensors, description)
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+        # a release before this one wrote the description alone
+        expected, description = (None, written) if isinstance(written, dict) else written
+        whole = isinstance(description, dict) and expected in (None, _digest(tensors, description))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{path}: not a checkpoint of this project ({type(error).__name__}: {error})") from None
     if not whole:
         raise ConfigError(f"{path}: damaged (its content is not what was written); copy it again or remove it")

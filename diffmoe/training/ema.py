@@ -40,4 +40,5 @@ class Ema:
         if unless is None:
             torch._foreach_lerp_(averaged, values, 1 - decay)
         else:  # a weight that lies on the device
-            torch._foreach_lerp_(averaged, values, [(1 - decay) * ~unless] * len(values))
+            weight = (1 - decay) * (~unless).to(averaged[0].dtype)
+            torch._foreach_lerp_(averaged, values, [weight] * len(values))

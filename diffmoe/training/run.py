@@ -183,8 +183,8 @@ class _Run:
         if all(map(math.isfinite, values.values())):
             self._write_losses(values)
         if self.watch.skipped > self.config.runtime.max_skipped_steps:
-            raise ConfigError(f"step {step}: {self.watch.skipped} steps changed nothing, for the loss or a gradient was "
-                              f"not finite (now {values}); lower training.learning_rate, or look at the images that "
+            raise ConfigError(f"step {step}: {self.watch.skipped} steps changed nothing, for the loss or a gradient was"
+                              f" not finite (now {values}); lower training.learning_rate, or look at the images that "
                               f"{self.folder / 'events.jsonl'} names. The checkpoints are from before")
         return values, self.watch.skipped == skipped
 

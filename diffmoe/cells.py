@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, to_dict
+from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, shareable
 from diffmoe.data import ImageData
 from diffmoe.evaluation.extractors import DIGITS, classify, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
@@ -182,7 +182,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
-        seed=cell.seed, config=to_dict(config), config_digest=digest(config),
+        seed=cell.seed, config=shareable(config), config_digest=digest(config),
         training_digest=digest(config, scope="training"),
         data={"name": data.name, "digest": data.digest, "num_images": len(data.images)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,

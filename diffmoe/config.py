@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -29,12 +30,17 @@ from typing import Any
 
 import yaml
 
+MAX_MESSAGE = 1000
+"""Longest error line; what it quotes may be of any size."""
+
 
 class ConfigError(ValueError):
     """Input that cannot be used; the message is one line that names the key, the value and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(str(message).split())
+        half = MAX_MESSAGE // 2
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 
 
 INFERENCE = {"scope": "inference"}
@@ -388,7 +394,7 @@ def resolve_router(kind: str) -> type:
     remedy = f"use one of {', '.join(BUILT_IN_ROUTERS)} or an import string module:Class"
     try:
         router = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # of the import, or whatever the module raises in it
         raise ConfigError(f"model.moe.router.kind={kind}: {remedy} ({error})") from None
     require(isinstance(router, type) and issubclass(router, Router), "model.moe.router.kind", kind, remedy)
     return router
@@ -413,18 +419,18 @@ def from_dict(cls: type, data: Any, path: str = "") -> Any:
         ConfigError: for an unknown, missing or mistyped key, naming it with its dotted path.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{path or 'config'}={data!r}: write a mapping of {_names(cls)}")
+        raise ConfigError(f"{path or 'config'}={_show(data)}: write a mapping of {_names(cls)}")
     if cls is ModelConfig:
         data = _expand_size(data, path)
     if cls is RouterConfig:
         if not isinstance(data.get("kind"), str):
-            raise ConfigError(f"{path}.kind={data.get('kind')}: name a router, for example expert_choice")
+            raise ConfigError(f"{path}.kind={_show(data.get('kind'))}: name a router, for example expert_choice")
         cls = resolve_router(data["kind"]).Config
     hints = typing.get_type_hints(cls, include_extras=False)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
+            close = difflib.get_close_matches(str(key)[:100], fields, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"known keys are {_names(cls)}"
             raise ConfigError(f"{_join(path, key)}: unknown key; {remedy}")
     for name, spec in fields.items():
@@ -492,7 +498,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise ConfigError(f"{override}: write overrides as key.path=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except Exception:  # yaml raises its own errors and, for dates and numbers that are none, anything
             raise ConfigError(f"{key}={text}: not a YAML value") from None
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -551,7 +557,7 @@ def _expand_size(data: dict[str, Any], path: str) -> dict[str, Any]:
         return data
     rest = {key: value for key, value in data.items() if key != "size"}
     if data["size"] not in list(SIZES):
-        raise ConfigError(f"{_join(path, 'size')}={data['size']}: use one of {', '.join(SIZES)}")
+        raise ConfigError(f"{_join(path, 'size')}={_show(data['size'])}: use one of {', '.join(SIZES)}")
     return SIZES[data["size"]] | rest
 
 
@@ -565,25 +571,34 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value if isinstance(value, hint) else from_dict(hint, value, path)
     if issubclass(hint, enum.Enum):
         if value not in list(hint):
-            raise ConfigError(f"{path}={value}: use one of {', '.join(hint)}")
+            raise ConfigError(f"{path}={_show(value)}: use one of {', '.join(hint)}")
         return hint(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-        raise ConfigError(f"{path}={value!r}: write {kind}")
+        raise ConfigError(f"{path}={_show(value)}: write {kind}")
+    if hint is int and abs(value) >= 2**63:
+        raise ConfigError(f"{path}={_show(value)}: write a number below 2^63")
     return value
+
+
+def _show(value: Any) -> str:
+    """Return a value for an error; YAML's references can make a short file a value without end."""
+    return reprlib.repr(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except Exception as error:  # its own errors and, for dates, numbers and depths that cannot be, anything
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: write a mapping with the keys {_names(RunConfig)}")

@@ -5,6 +5,7 @@ Tables, figures, verdicts and MLflow runs are made from records alone; nobody ty
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,24 +71,30 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> Path:
-    """Write a record aside and rename it; an existing one is never changed.
+    """Write a record aside and link it to its name; an existing one is never changed, and the same again is nothing.
 
     Raises:
-        ConfigError: when a record of that id is there already.
+        ConfigError: when another record of that id is there already, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.id}.json"
-    aside = path.with_suffix(".partial")
-    with aside.open("w") as file:
-        json.dump(dataclasses.asdict(record), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    aside = path.with_suffix(f".{os.getpid()}.partial")
+    text = json.dumps(dataclasses.asdict(record), indent=1)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(aside, path)
     except FileExistsError:
-        raise ConfigError(f"{path}: a record is written once; move it away to measure again") from None
+        if path.read_text() != text:
+            raise ConfigError(f"{path}: a record is written once; move it away to measure again") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, and the same command goes "
+                          "on") from None
     finally:
-        aside.unlink()
+        with contextlib.suppress(OSError):
+            aside.unlink()
     return path
 
 

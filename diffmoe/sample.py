@@ -56,7 +56,10 @@ def load_trained(path: Path, overrides: Sequence[str], configs: Sequence[Path] =
         ConfigError: when the file cannot be used, or something would change what was trained.
     """
     weights, description = load_weights(path)
-    trained = from_dict(RunConfig, description["config"])
+    try:
+        trained = from_dict(RunConfig, description.get("config"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     config = load_config(configs, overrides, base=description["config"])
     if digest(config, scope="training") != digest(trained, scope="training"):
         changes = " ".join([*map(str, configs), *overrides])

@@ -48,9 +48,10 @@ def images(steps: int) -> str:
 
 
 def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int | None = None, port: int = 0,
-          seed: int = 0, sample: bool = False) -> BaseProcess:
+          seed: int = 0, sample: bool = False, save_every_s: float = 0.0) -> BaseProcess:
     """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
-    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed, sample))
+    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed, sample,
+                                                   save_every_s))
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server has no other way to it
         process.start()
     return process
@@ -105,7 +106,7 @@ def _errors(folder: Path, rank: int | None) -> Path:
 
 
 def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int,
-           sample: bool) -> None:
+           sample: bool, save_every_s: float) -> None:
     errors = os.open(_errors(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: 
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "GLOO_SOCKET_IFNAME": loopback}
-    run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, 0.0, HANG_S
+    run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, save_every_s, HANG_S
     finish_run = run._Run._finish
 
     def finish_and_show_the_state(under_way: run._Run, description: dict) -> None:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from processes import (
@@ -291,3 +292,30 @@ def test_a_signal_to_one_process_stops_all_with_the_state_saved(whole_by_two, tm
 def test_processes_that_were_started_differently_are_refused_with_the_key(tmp_path):
     assert finish_two(start_two(tmp_path / "run", images(STEPS), seeds=(0, 1))) == [2, 2]
     assert "seed=1 in process 1 of 2, but 0 in process 0" in said(tmp_path / "run", 0)
+
+
+# ---------------------------------------------------------------- long runs
+
+def measure_myself(step, folder):
+    """Write down resident memory, open files and the size of the logs."""
+    if step % 500 == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        logs = sum((folder / name).stat().st_size for name in ("losses.jsonl", "events.jsonl"))
+        with folder.with_suffix(".measured").open("a") as file:
+            print(step, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), logs, file=file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_and_open_files_stay_flat_over_20_000_steps(tmp_path):
+    folder = tmp_path / "run"
+    assert finish(start(folder, images(20_000), fault=measure_myself, save_every_s=5.0), 3500) == 0
+    rows = [tuple(map(int, line.split())) for line in folder.with_suffix(".measured").read_text().splitlines()]
+    warm, last = rows[3], rows[-1]  # after 2,000 steps
+    largest = max(row[1] for row in rows)
+    print(f"steps {warm[0]} to {last[0]}: memory {warm[1] / 2**20:.1f} to {last[1] / 2**20:.1f} MiB, at most "
+          f"{largest / 2**20:.1f}; open files {warm[2]} to {last[2]}; logs {last[3] / 2**20:.2f} MiB")
+    assert last[1] - warm[1] < 8 * 2**20
+    assert {row[2] for row in rows} == {warm[2]}
+    assert last[3] < 150 * 20_000 / LOG_EVERY

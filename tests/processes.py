@@ -29,9 +29,11 @@ from diffmoe.training.log import read_lines
 
 TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4",
         "training.batch_size=4", "training.learning_rate=0.01"]
-HANG_S = 1.5
+HANG_S = 4.0
 LOG_EVERY = 5
 CPU = torch.device("cpu")
+LOOPBACK = {"GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo"))}
+"""Two processes meet by interface and address: a test machine's own name need not resolve."""
 Fault = Callable[[int, Path], None]
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -50,7 +52,7 @@ def images(steps: int) -> str:
 def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int | None = None, port: int = 0,
           seed: int = 0, sample: bool = False, save_every_s: float = 0.0) -> BaseProcess:
     """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
-    process = SERVER.Process(target=_train, args=(folder, overrides, fault, rank, port, seed, sample,
+    process = SERVER.Process(target=train, args=(folder, overrides, fault, rank, port, seed, sample,
                                                    save_every_s))
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server has no other way to it
         process.start()
@@ -105,15 +107,15 @@ def _errors(folder: Path, rank: int | None) -> Path:
     return folder.with_name(f"{folder.name}.{rank}.err")
 
 
-def _train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int,
-           sample: bool, save_every_s: float) -> None:
+def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: int | None, port: int, seed: int,
+          sample: bool, save_every_s: float) -> None:
+    """Be such a process."""
     errors = os.open(_errors(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     torch.set_num_threads(1)
     if rank is not None:
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                       "GLOO_SOCKET_IFNAME": loopback}
+        os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                  "MASTER_PORT": str(port)}
     run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, save_every_s, HANG_S
     finish_run = run._Run._finish
 

@@ -8,6 +8,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from processes import (
     HANG_S,
     LOG_EVERY,
+    LOOPBACK,
     assert_same_outcome,
     finish,
     free_port,
@@ -292,6 +295,41 @@ def test_a_signal_to_one_process_stops_all_with_the_state_saved(whole_by_two, tm
 def test_processes_that_were_started_differently_are_refused_with_the_key(tmp_path):
     assert finish_two(start_two(tmp_path / "run", images(STEPS), seeds=(0, 1))) == [2, 2]
     assert "seed=1 in process 1 of 2, but 0 in process 0" in said(tmp_path / "run", 0)
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import test_robustness
+from processes import images, train
+
+folder = Path(sys.argv[1])
+fault = getattr(test_robustness, sys.argv[2]) if not list(folder.glob("checkpoint-*")) else None
+train(folder, ("model.moe.router.pool=sample", images(test_robustness.STEPS)), fault, None, 0, 0, False, 0.0)
+"""
+
+
+def in_the_second(fault):
+    return lambda step, folder: fault(step, folder) if os.environ["RANK"] == "1" else None
+
+
+kill_the_second, stop_the_second = in_the_second(kill_myself), in_the_second(stop_myself)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill_the_second", "stop_the_second"])
+def test_torchrun_starts_a_job_again_that_lost_a_process_and_it_goes_on(whole_by_two, tmp_path, fault):
+    folder = tmp_path / "run"
+    (tmp_path / "worker.py").write_text(WORKER)
+    started = time.monotonic()
+    job = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+         "--nproc-per-node", "2", "--max-restarts", "1", tmp_path / "worker.py", folder, fault],
+        capture_output=True, text=True, check=False,
+        env=os.environ | LOOPBACK | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])})
+    print(f"{fault}: {time.monotonic() - started:.0f} s in all")
+    assert job.returncode == 0, job.stderr
+    assert_same_outcome(folder, whole_by_two)
 
 
 # ---------------------------------------------------------------- long runs

@@ -324,7 +324,7 @@ def test_torchrun_starts_a_job_again_that_lost_a_process_and_it_goes_on(whole_by
     started = time.monotonic()
     job = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-         "--nproc-per-node", "2", "--max-restarts", "1", tmp_path / "worker.py", folder, fault],
+         "--nproc-per-node", "2", "--max-restarts", "3", tmp_path / "worker.py", folder, fault],
         capture_output=True, text=True, check=False,
         env=os.environ | LOOPBACK | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])})
     print(f"{fault}: {time.monotonic() - started:.0f} s in all")

@@ -40,7 +40,8 @@ def test_a_main_job_leaves_no_path_user_or_host(tmp_path, monkeypatch):
     command = ["--rows", str(rows), "--seeds", "1", "--jobs", "1", *SMALL, "data.name=idx", f"data.path={data}"]
     assert reproduce.main(command) == 0
     assert reproduce.main(["--rows", str(rows), "--publish"]) == 0
-    left = [path for path in (home / "results").rglob("*") if path.is_file() and path.name != "config.yaml"]  # the user's
+    left = [path for path in (home / "results").rglob("*")
+            if path.is_file() and path.name != "config.yaml"]  # which is the user's own
     kinds = {path.suffix for path in left}
     assert {".json", ".safetensors", ".png", ".md"} <= kinds
     for path in left:

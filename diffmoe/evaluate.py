@@ -22,7 +22,7 @@ import yaml
 
 from diffmoe.cells import activation, check_evaluation, measure_samples
 from diffmoe.cli import choose_device, run_command
-from diffmoe.config import ConfigError, RunConfig, digest, to_dict
+from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData, load_data
 from diffmoe.evaluation.extractors import distance_name
 from diffmoe.evaluation.grid import save_each
@@ -57,7 +57,8 @@ def evaluate(trained: Trained, data: ImageData, cache: Path, images: Path | None
         except OSError as error:
             raise ConfigError(f"{images}: cannot be written ({error.strerror})") from None
     return {
-        "config": to_dict(config), "config_digest": digest(config), "training_digest": digest(config, scope="training"),
+        "config": shareable(config), "config_digest": digest(config),
+        "training_digest": digest(config, scope="training"),
         "seed": trained.description["seed"], "steps": trained.description["step"],
         "data": {"name": data.name, "digest": data.digest, "num_images": len(data.images)},
         "sampling": {"num_samples": len(seeds), "seconds": sampled - started},

@@ -83,7 +83,7 @@ def outcome(folder: Path) -> tuple[list[dict], list[dict], dict, dict]:
     """Return all that a finished run is: its logs, the averaged network, the state at the end."""
     logs = [read_lines(folder / name) for name in ("losses.jsonl", "events.jsonl")]
     for line in logs[0]:
-        line.pop("images_per_second", None)
+        del line["seconds"], line["images_per_second"]
     return *logs, load_weights(folder / "ema.safetensors")[0], load_weights(folder / "state.safetensors")[0]
 
 

@@ -112,7 +112,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)  # keys and options in any order
     if options.run is not None and not (options.run / "ema.safetensors").is_file():
         raise ConfigError(f"--run {options.run}: no finished run here (no ema.safetensors); train it to its end first")
-    trained = load_trained(options.weights or options.run / "ema.safetensors", options.overrides, options.config)
+    weights, configs = options.weights, options.config
+    if options.run is not None:  # its config.yaml knows where the data lies, which weights do not tell
+        weights, configs = options.run / "ema.safetensors", [options.run / "config.yaml", *configs]
+    trained = load_trained(weights, options.overrides, configs)
     config = trained.config
     choose_device(config.runtime.device)
     data = load_data(config.data, config.model)

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -120,7 +120,8 @@ def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: i
     finish_run = run._Run._finish
 
     def finish_and_show_the_state(under_way: run._Run, description: dict) -> None:
-        save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
+        with suppress(OSError):  # of a full disk: the run itself is to say so
+            save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
         finish_run(under_way, description)
 
     run._Run._finish = finish_and_show_the_state

@@ -18,6 +18,7 @@ import yaml
 
 from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, shareable
 from diffmoe.data import ImageData
+from diffmoe.evaluation.calibration import calibrate_thresholds
 from diffmoe.evaluation.extractors import DIGITS, classify, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, measure
@@ -169,7 +170,7 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     run = train_run(config, cell.seed, data, folder, device, deadline=deadline, progress=progress)
-    model = run.load_average(config, device)
+    model = calibrate_thresholds(run.load_average(config, device), config, cell.seed, data)
     started = time.perf_counter()
     samples = sample_images(model, config, range(config.evaluation.num_samples))
     sampling_s = time.perf_counter() - started

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from diffmoe.cli import choose_device, run_command
-from diffmoe.config import ConfigError, RunConfig, digest, from_dict, load_config
+from diffmoe.config import ConfigError, RunConfig, digest, from_dict, load_config, require
+from diffmoe.evaluation.calibration import calibration_batches
 from diffmoe.evaluation.grid import save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import DiT, build_model
@@ -65,6 +66,8 @@ def load_trained(path: Path, overrides: Sequence[str], configs: Sequence[Path] =
         changes = " ".join([*map(str, configs), *overrides])
         raise ConfigError(f"{changes}: this changes what was trained; only options of inference can change (sampling, "
                           "evaluation, runtime, and a router's inference, selection and global_threshold)")
+    require(calibration_batches(config) == 0, "model.moe.router.calibration_batches", calibration_batches(config),
+            "thresholds are calibrated on training images, which this command does not read; use 0")
     return Trained(config, description, weights)
 
 

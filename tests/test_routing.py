@@ -177,6 +177,19 @@ def test_a_global_threshold_of_zero_takes_every_pair_and_of_one_none(name, thres
     assert router(tokens()).mask(S, E).sum() == share * S * E
 
 
+@pytest.mark.parametrize(("gate", "normalise"), {
+    "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True), "sigmoid": lambda z: 1 / (1 + (-z).exp()),
+    "identity": lambda z: z}.items())
+def test_the_gate_is_normalised_as_asked_in_what_it_chooses_and_weighs(gate, normalise):
+    router, x = random_router(DIFFMOE | {"gate_normalisation": gate}), tokens()
+    scores_SE = normalise(x.flatten(0, 1) @ router.gate.weight.T)
+    routing = router(x)
+    for expert in range(E):
+        chosen = routing.token_N.view(E, -1)[expert]
+        assert set(chosen.tolist()) == set(scores_SE[:, expert].topk(S // E).indices.tolist())
+        torch.testing.assert_close(routing.gate_N.view(E, -1)[expert], scores_SE[chosen, expert])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_token_choice_takes_the_top_k_experts_of_each_token_in_training_and_at_inference(top_k):
     router, x = random_router("tc", capacity=top_k), tokens()

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from conftest import randomise
 
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, load_config
 from diffmoe.data import ImageOrder, load_data
 from diffmoe.data.images import seeded_generator, to_model_range, to_pixels
 from diffmoe.evaluation import sampling
+from diffmoe.evaluation.calibration import calibrate_thresholds
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import build_model
 from diffmoe.report.table1 import table1_rows
@@ -206,3 +208,23 @@ def test_table1_matches_the_counts_of_the_authors_models():
     assert rows["DiffMoE-L-E16"][6] == "1981.7 / 1982*"
     assert rows["DiffMoE-S-E16"][7] == "139.2 / 139"
     assert rows["DiffMoE-L-E16"][8:10] == ["459.4 / 458", "470.8"]  # the paper's Eq. 40, and strict
+
+
+def test_calibrated_thresholds_are_what_the_rule_observes_of_the_network_that_samples():
+    config = digits_config("diffmoe", "model.moe.router.calibration_batches=1")
+    data = load_data(config.data, config.model)
+    model = randomise(build_model(config.model)).eval()
+    first = model.moe_layers()[1]
+    before = first.router.threshold.clone()
+    assert calibrate_thresholds(model, digits_config("diffmoe"), 3, data) is model
+    assert torch.equal(first.router.threshold, before)
+
+    calibrate_thresholds(model, config, 3, data)
+    trainer = Trainer(config, 3, data, CPU)
+    batch = trainer.batch(config.training.num_steps)
+    seen = []
+    first.router.register_forward_pre_hook(lambda router, inputs: seen.append(inputs[0]))
+    model(trainer.process.add_noise(batch.images, batch.noise, batch.times), batch.times, batch.labels)
+    passing_E = (first.router.probabilities(seen[0]) > first.router.threshold).sum(0)
+    k = 16 * config.model.num_tokens // config.model.moe.num_experts
+    assert passing_E.tolist() == [k - 1] * config.model.moe.num_experts  # the k-th is the threshold itself

@@ -45,6 +45,14 @@ class Selection(enum.StrEnum):
     PREDICTOR = "predictor"
 
 
+class GateNormalisation(enum.StrEnum):
+    """What makes the gate's logits the weights of pairs; every choice but the softmax leaves a token's sum free."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    IDENTITY = "identity"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoiceConfig(RouterConfig):
     """The axes of the paper's ablations."""
@@ -61,12 +69,16 @@ class ExpertChoiceConfig(RouterConfig):
     """Decay of the threshold's average, a step."""
     threshold_debias: bool = False
     """Correct the average for starting at zero; false is the authors' rule."""
+    gate_normalisation: GateNormalisation = GateNormalisation.SOFTMAX
+    """softmax over experts (Algorithm 1, the released code); sigmoid; identity: Eq. 5 as it is printed."""
     inference: Inference = field(default=Inference.DYNAMIC, metadata=INFERENCE)
     """How many tokens an expert takes at inference."""
     selection: Selection = field(default=Selection.GATE, metadata=INFERENCE)
     """Which tokens an expert takes in dynamic inference."""
     global_threshold: float | None = field(default=None, metadata=INFERENCE)
     """One threshold for all experts and layers in place of the averages (the paper's interval search)."""
+    calibration_batches: int = field(default=0, metadata=INFERENCE)
+    """Training batches on which the averaged network's thresholds are measured anew; 0 keeps the training's (paper)."""
 
 
 class ExpertChoice(Router):
@@ -98,6 +110,17 @@ class ExpertChoice(Router):
         if self.options.threshold_debias:  # the weight that makes the average of n terms sum to one
             share /= 1 - decay ** (num_updates + 1)
         self.threshold.lerp_(observed.to(self.threshold.dtype), share)
+
+    def scores(self, x_BTD: Tensor) -> Tensor:
+        """Return the weight that each pair would get, float32 (S, E)."""
+        logits_SE = self.logits(x_BTD)
+        match self.options.gate_normalisation:
+            case GateNormalisation.SOFTMAX:
+                return logits_SE.softmax(-1)
+            case GateNormalisation.SIGMOID:
+                return logits_SE.sigmoid()
+            case GateNormalisation.IDENTITY:
+                return logits_SE
 
     def probabilities(self, x_BTD: Tensor) -> Tensor:
         """Return the predicted probability that each expert takes each token, float32 (S, E)."""
@@ -176,6 +199,9 @@ class ExpertChoice(Router):
         require(options.global_threshold is None or math.isfinite(options.global_threshold),
                 "model.moe.router.global_threshold", options.global_threshold,
                 "use a probability, or null for the averages")
+        require(options.calibration_batches == 0 or (options.calibration_batches > 0 and options.predictor),
+                "model.moe.router.calibration_batches", options.calibration_batches,
+                "use 0, or with predictor: true a number above it")
         if options.pool is Pool.SAMPLE:
             tokens_an_expert_takes(model.num_tokens, moe.num_experts, moe.capacity, "an image")
 

@@ -22,6 +22,9 @@ AXES = Path(__file__).with_name("axes.yaml")
 DEFAULT = "default"
 """Key of the row that every axis is compared with: the scale's DiffMoE configuration."""
 
+JOIN = "+"
+"""Between the values in the key of a row that changes two axes."""
+
 Setting = Mapping[str, "Value"]
 """Values by the name of their axis."""
 
@@ -110,6 +113,7 @@ class Design:
         self._data = to_dict(base)
         self.default = Row(key=DEFAULT, label=DEFAULT, system="diffmoe", config=base)
         self._rows = {digest(base): self.default}
+        self._by_key: dict[str, Row | None] = {}
         self.left_out: dict[str, str] = {}
         """Settings that cannot be configured, and why."""
         for axis in axes.values():
@@ -118,7 +122,12 @@ class Design:
 
     def row(self, setting: Setting) -> Row | None:
         """Return the row of a setting; None for one that cannot be configured, which goes to `left_out`."""
-        key = "+".join(f"{axis}-{value.name}" for axis, value in setting.items())
+        key = JOIN.join(f"{axis}-{value.name}" for axis, value in setting.items())
+        if key not in self._by_key:
+            self._by_key[key] = self._make_row(key, setting)
+        return self._by_key[key]
+
+    def _make_row(self, key: str, setting: Setting) -> Row | None:
         overrides = [f"{name}={json.dumps(content)}" for value in setting.values()
                      for name, content in value.changes.items()]
         try:
@@ -144,6 +153,11 @@ class Design:
         pairs = {(one.name, two.name): self.row({first.name: one, second.name: two})
                  for one in first.at(self.scale) for two in second.at(self.scale)}
         return {names: row for names, row in pairs.items() if row is not None}
+
+    def axes_of(self, key: str) -> tuple[Axis, ...]:
+        """Return the axes that a row's key names, in the file's order."""
+        parts = key.split(JOIN)
+        return tuple(axis for name, axis in self.axes.items() if any(part.startswith(f"{name}-") for part in parts))
 
     def plan(self, axes: Sequence[Axis], grids: Sequence[tuple[Axis, Axis]]) -> list[Row]:
         """Return the rows of a sweep, each once, the default first.

@@ -18,7 +18,8 @@ from pathlib import Path
 os.environ.update({  # read when ray is imported
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1"})  # an interrupt is ours: everything worth keeping is on disk
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours: everything worth keeping is on disk
+    "RAY_worker_niceness": "0"})  # a trial is timed as it would be by hand
 
 import ray
 from ray import tune

@@ -33,7 +33,7 @@ ABOUT = """\
 To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds (paired t
 where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). C: experts a
 token, measured over all sampling calls. Activated: parameters that work on an average token, in millions, by the
-paper's Eq. 40. Seconds are those of one run; values that share a checkpoint share its training. ★: the paper's choice."""
+paper's Eq. 40. Seconds: of one run; values that share a checkpoint share its training. ★: the paper's choice."""
 
 
 class Ablations:
@@ -47,17 +47,14 @@ class Ablations:
         rows = group_rows(records)
         if DEFAULT not in rows:
             raise ConfigError(f"no record of the row {DEFAULT}, which every axis is compared with; run the sweep first")
-        self.records = records
         self.default = rows[DEFAULT]
         first = self.default[0]
         self.design = Design(from_dict(RunConfig, first.config), first.scale, load_axes())
         self._found = {same[0].config_digest: same for same in rows.values()}
-        axes = self.design.axes.values()
-        self.axes = [axis for axis in axes if self._is_swept(axis)]
+        self.axes = [axis for axis in self.design.axes.values() if self._is_swept(axis)]
         """Axes that were varied."""
-        pairs = itertools.combinations(axes, 2) if any("+" in row for row in rows) else ()
-        self.grids = [(one, two) for one, two in pairs if any(
-            "+" in row.key and self.of(row) for row in self.design.grid_rows(one, two).values())]
+        pairs = {tuple(axis.name for axis in self.design.axes_of(row)): self.design.axes_of(row) for row in rows}
+        self.grids = [pairs[names] for names in sorted(pairs) if len(names) == 2]
         """Pairs of axes that were varied together."""
 
     def of(self, row: Row) -> list[Record]:
@@ -133,13 +130,8 @@ def _interval(records: Sequence[Record], default: Sequence[Record]) -> str:
     return "-" if interval is None else " to ".join(map(percent, interval))
 
 
-def report_files(records: Sequence[Record]) -> dict[str, str]:
-    """Return every text file of the report, by its path in the folder.
-
-    Raises:
-        ConfigError: for records that cannot be compared.
-    """
-    ablations = Ablations(records)
+def report_files(ablations: Ablations) -> dict[str, str]:
+    """Return every text file of the report, by its path in the folder."""
     files = {"README.md": _index(ablations)}
     for axis in ablations.axes:
         files[f"{axis.name}.md"] = _page(ablations, axis.title, axis.name, [
@@ -193,8 +185,8 @@ def write_report(folder: Path) -> list[Path]:
     Raises:
         ConfigError: for records that cannot be read or compared, or a folder that cannot be written.
     """
-    records = read_records(folder / "records")
-    ablations, files = Ablations(records), report_files(records)
+    ablations = Ablations(read_records(folder / "records"))
+    files = report_files(ablations)
     paths = [folder / name for name in files]
     note = _protocol(ablations)
     distance = ablations.default[0].evaluation["distance_name"]
@@ -220,7 +212,7 @@ def check_report(folder: Path) -> list[str]:
         ConfigError: for records that cannot be read or compared.
     """
     problems = []
-    for name, expected in report_files(read_records(folder / "records")).items():
+    for name, expected in report_files(Ablations(read_records(folder / "records"))).items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != expected:
             problems.append(f"{path}: does not follow from the records")

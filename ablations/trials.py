@@ -62,7 +62,8 @@ def run_trial(config: Mapping[str, Any], *, trials: Trials, work: Work) -> None:
     cells = trials[config["trial"]]
     try:
         run = cells[0].row.config
-        data, device = load_data(run.data, run.model), choose_device(run.runtime.device)
+        gpus = tune.get_context().get_trial_resources().required_resources.get("GPU", 0)
+        data, device = load_data(run.data, run.model), choose_device(run.runtime.device if gpus else "cpu")
         if work.explore:
             _explore(cells[0], data, device, work)
         else:

@@ -170,12 +170,13 @@ def worker_in_training(folder):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_change_no_record(tmp_path):
     folder = tmp_path / "killed"
     folder.mkdir()
@@ -213,6 +214,7 @@ def start_node(folder, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_nodes_of_which_one_dies_lose_nothing(tmp_path):
     folder = tmp_path / "cluster"
     folder.mkdir()

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from diffmoe.report.figures import COLOURS, DPI
+from diffmoe.report.figures import DPI, DRAWN_FROM
+from diffmoe.report.style import COLOURS, set_theme
 
 ACCENT, PLAIN = COLOURS["diffmoe"], COLOURS["expert_choice"]
 DOT = "#b0b0b0"
@@ -34,7 +35,7 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
     """
     data = data.assign(effect=100 * data.effect, activated_params=data.activated_params / 1e6,
                        seconds=data.training_s + data.sampling_s)
-    _theme()
+    set_theme()
     labels = list(dict.fromkeys(data.label))
     figure, panels = plt.subplots(1, 1 + len(COSTS), sharey=True, layout="constrained",
                                   figsize=(11, 1.9 + 0.38 * len(labels)), width_ratios=(3.2, 1, 1, 1))
@@ -55,6 +56,7 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
         axes.set(xlabel=name, ylabel="")
         axes.margins(x=0.3)
         axes.grid(False, axis="y")
+        axes.tick_params(axis="x", labelsize=8)
     return _finish(figure, effect, data, labels, title, note)
 
 
@@ -69,7 +71,7 @@ def draw_grid(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
     first, second = data.columns[:2]
     rows, columns = list(dict.fromkeys(data[first])), list(dict.fromkeys(data[second]))
     table = 100 * data.pivot(index=first, columns=second, values="effect").loc[rows, columns]
-    _theme()
+    set_theme()
     figure, axes = plt.subplots(figsize=(3.5 + 1.1 * len(columns), 2.2 + 0.5 * len(rows)), layout="constrained")
     sns.heatmap(table, annot=True, fmt="+.1f", cmap="vlag", center=0, linewidths=0.5, ax=axes,
                 cbar_kws={"label": f"{distance}, % above the default's"})
@@ -82,9 +84,9 @@ def draw_grid(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, the same bytes for the same data, and return its path."""
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+def save_figure(figure: Figure, path: Path, drawn_from: str) -> Path:
+    """Write a figure as PNG that carries the digest of its data, and return its path."""
+    figure.savefig(path, dpi=DPI, metadata={"Software": None, DRAWN_FROM: drawn_from})
     plt.close(figure)
     return path
 
@@ -105,8 +107,3 @@ def _heading(title: str, note: str, width: int) -> str:
 
 def _colour(group: pd.DataFrame) -> str:
     return ACCENT if group.default.any() else PLAIN
-
-
-def _theme() -> None:
-    sns.set_theme(style="whitegrid", rc={"grid.color": "0.9", "axes.edgecolor": "0.4", "axes.labelsize": 9,
-                                         "xtick.labelsize": 8, "ytick.labelsize": 9})

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ablations.axes import DEFAULT, Axis, Design, Value, load_axes
 from ablations.figures import draw_axis, draw_grid, save_figure
@@ -25,6 +26,7 @@ from diffmoe.cells import Row
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, RunConfig, digest, from_dict
 from diffmoe.records import Record, read_records
+from diffmoe.report.figures import data_digest, drawn_from
 from diffmoe.report.table import group_rows, log_distance, mean_log_distance, mean_sd, percent, protocol
 from diffmoe.report.table1 import format_table
 from diffmoe.report.verdicts import NOT_EVIDENCE, compare
@@ -190,16 +192,19 @@ def write_report(folder: Path) -> list[Path]:
     paths = [folder / name for name in files]
     note = _protocol(ablations)
     distance = ablations.default[0].evaluation["distance_name"]
+
+    def save(figure: Figure, name: str) -> Path:
+        return save_figure(figure, folder / "figures" / f"{name}.png", data_digest(files[f"figures/{name}.csv"]))
+
     try:
         (folder / "figures").mkdir(exist_ok=True)
         for path, text in zip(paths, files.values(), strict=True):
             path.write_text(text, encoding="utf-8")
         for axis in ablations.axes:
-            figure = draw_axis(axis_data(ablations, axis), axis.title, note, distance)
-            paths.append(save_figure(figure, folder / "figures" / f"{axis.name}.png"))
+            paths.append(save(draw_axis(axis_data(ablations, axis), axis.title, note, distance), axis.name))
         for one, two in ablations.grids:
-            figure = draw_grid(grid_data(ablations, one, two), _grid_title(one, two), note, distance)
-            paths.append(save_figure(figure, folder / "figures" / f"{_grid_name(one, two)}.png"))
+            data, title = grid_data(ablations, one, two), _grid_title(one, two)
+            paths.append(save(draw_grid(data, title, note, distance), _grid_name(one, two)))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error})") from None
     return paths
@@ -216,8 +221,8 @@ def check_report(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != expected:
             problems.append(f"{path}: does not follow from the records")
-        if path.suffix == ".csv" and not path.with_suffix(".png").is_file():
-            problems.append(f"{path.with_suffix('.png')}: missing")
+        if path.suffix == ".csv" and drawn_from(path.with_suffix(".png")) != data_digest(expected):
+            problems.append(f"{path.with_suffix('.png')}: was not drawn from these records")
     return problems
 
 

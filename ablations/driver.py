@@ -39,6 +39,7 @@ GRACE_SHARE, REDUCTION = 16, 4
 """Exploring: nobody is stopped in the first 1/16 of the steps, and at 1/16 and 1/4 the best quarter goes on."""
 
 log = logging.getLogger(__name__)
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a page of traceback for a worker that died; see callbacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +165,13 @@ def _restore(path: Path, trainable: object) -> tune.Tuner | None:
 
 
 def _tune_config(trials: Trials, work: Work, resources: Resources) -> tune.TuneConfig:
-    names = {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
-    if not work.explore:
-        return tune.TuneConfig(max_concurrent_trials=resources.jobs, reuse_actors=True, **names)
-    steps = max(cells[0].row.config.training.num_steps for cells in trials.values())
-    asha = ASHAScheduler(time_attr="step", max_t=steps, grace_period=max(1, steps // GRACE_SHARE),
-                         reduction_factor=REDUCTION)
-    return tune.TuneConfig(metric="loss", mode="min", scheduler=asha, max_concurrent_trials=resources.jobs,
-                           reuse_actors=True, **names)
+    asha = {}
+    if work.explore:
+        steps = max(cells[0].row.config.training.num_steps for cells in trials.values())
+        asha = {"metric": "loss", "mode": "min", "scheduler": ASHAScheduler(
+            time_attr="step", max_t=steps, grace_period=max(1, steps // GRACE_SHARE), reduction_factor=REDUCTION)}
+    return tune.TuneConfig(max_concurrent_trials=resources.jobs, reuse_actors=True, trial_name_creator=_trial_name,
+                           trial_dirname_creator=_trial_name, **asha)
 
 
 def _trial_name(trial: Trial) -> str:

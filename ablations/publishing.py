@@ -70,6 +70,10 @@ class Publisher(Quiet):
         if found and time.monotonic() > self.silent_until:
             self.publish_all()
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Say that a trial is taken up again."""
+        print(f"{trial.config['trial']}: its worker died; another goes on from the run's last checkpoint", flush=True)
+
     def publish_all(self, figures: Sequence[Path] = ()) -> None:
         """Publish what the store lacks; a store that cannot be used is a warning."""
         records = read_records(self.store.records)

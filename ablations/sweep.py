@@ -35,7 +35,7 @@ from diffmoe.cells import Cell, Row, Store, check_cells
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, digest, load_config, require
 from diffmoe.data import ImageData, load_data
-from diffmoe.records import read_records
+from diffmoe.records import Record, read_records
 from diffmoe.report.table1 import format_table
 from diffmoe.reproduce import CONFIGS, RESULTS, scales
 from diffmoe.training.checkpoint import locked
@@ -51,13 +51,12 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     axes = load_axes()
+    store = Store((options.out or RESULTS / options.scale / "local" / "ablations").absolute())
     if options.list:
         print(_axes_table(axes.values()))
         return 0
-    store = Store((options.out or RESULTS / options.scale / "local" / "ablations").absolute())
-    published = RESULTS / options.scale / "ablations"
     if options.publish:
-        return publish(store, published)
+        return publish(store, RESULTS / options.scale / "ablations")
     require(options.seeds >= 1, "--seeds", options.seeds, "use 1 or more")
     resources = Resources(address=options.address, jobs=options.jobs, gpus_per_trial=options.gpus_per_trial)
     design = _design(options.scale, options.overrides, axes)
@@ -71,9 +70,7 @@ def main(arguments: list[str]) -> int:
     for key, reason in design.left_out.items():
         print(f"left out: {key} ({reason})")
     if options.dry_run:
-        known = [record for folder in (store.folder, published, published.parent)
-                 for record in read_records(folder / "records")]
-        print(describe_cost(missing, known, store, data, options.jobs or cpu_count()))
+        print(describe_cost(missing, _known_records(store, options.scale), store, data, options.jobs or cpu_count()))
         return 0
     check_cells([cell for cells in missing.values() for cell in cells], data)
     work = Work(scale=options.scale, store=store, folder=Path.cwd(), threads=THREADS, explore=options.explore,
@@ -82,13 +79,19 @@ def main(arguments: list[str]) -> int:
         return _explore(trials, replace(work, store=Store(store.folder / "explore")), resources)
     with locked(store.folder):
         _require_one_default(store, design.default)
-        publisher = Publisher(store=store, target=_mlflow(options), table=f"{options.scale}, ablations",
-                              ids={name: [cell.record_id(data) for cell in cells] for name, cells in trials.items()})
-        failed = _run(trials, data, work, resources, publisher)
-        if any(store.records.glob(f"{DEFAULT}-*.json")):
-            write_report(store.folder)
-            publisher.publish_all(sorted((store.folder / "figures").glob("*.png")))
-            print(f"a page for each axis: {store.folder / 'README.md'}")
+        return _sweep(trials, data, work, resources, _mlflow(options))
+
+
+def _sweep(trials: Trials, data: ImageData, work: Work, resources: Resources, mlflow: Path | str | None) -> int:
+    """Run what is missing, write the pages, publish all; return the exit code."""
+    store = work.store
+    publisher = Publisher(store=store, target=mlflow, table=f"{work.scale}, ablations",
+                          ids={name: [cell.record_id(data) for cell in cells] for name, cells in trials.items()})
+    failed = _run(trials, data, work, resources, publisher)
+    if any(store.records.glob(f"{DEFAULT}-*.json")):
+        write_report(store.folder)
+        publisher.publish_all(sorted((store.folder / "figures").glob("*.png")))
+        print(f"a page for each axis: {store.folder / 'README.md'}")
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     if not failed and _missing(trials, data, store):
@@ -162,6 +165,11 @@ def _plan(design: Design, names: str, grids: Sequence[str]) -> list[Row]:
 def _missing(trials: Trials, data: ImageData, store: Store) -> dict[str, list[Cell]]:
     left = {name: [cell for cell in cells if not store.has(cell, data)] for name, cells in trials.items()}
     return {name: cells for name, cells in left.items() if cells}
+
+
+def _known_records(store: Store, scale: str) -> list[Record]:
+    folders = store.folder, RESULTS / scale / "ablations", RESULTS / scale
+    return [record for folder in folders for record in read_records(folder / "records")]
 
 
 def _require_one_default(store: Store, default: Row) -> None:

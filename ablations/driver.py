@@ -39,7 +39,8 @@ GRACE_SHARE, REDUCTION = 16, 4
 """Exploring: nobody is stopped in the first 1/16 of the steps, and at 1/16 and 1/4 the best quarter goes on."""
 
 log = logging.getLogger(__name__)
-logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a page of traceback for a worker that died; see callbacks
+for name in ("ray.tune", "ray._private.authentication"):  # a worker that died is a page there, and a line of callbacks
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ def started_ray(resources: Resources) -> Iterator[None]:
                      object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"no Ray cluster answers at --address {resources.address}" if resources.address else "Ray did not start"
-        raise ConfigError(f"{where} ({str(error)[:200]}); start one with ray start --head, or leave --address out "
-                          "to run on this machine") from None
+        raise ConfigError(f"{where} ({str(error)[:200]}); start one with ray start --head (with a token: set "
+                          "RAY_AUTH_MODE=token here too), or leave --address out to run on this machine") from None
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -144,9 +145,9 @@ def by_hand(folder, options):
     return [result(record) for record in read_records(store.records)]
 
 
-def start_sweep(folder, *arguments):
+def start_sweep(folder, *arguments, **environment):
     command = [sys.executable, "-m", "ablations.sweep", *GATE, "--out", str(folder), *LONG, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
@@ -204,12 +205,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_node(folder, *arguments):
+def start_node(folder, environment, *arguments):
     """Start a node of a Ray cluster of our own; it ends with its process."""
     command = [shutil.which("ray", path=str(Path(sys.executable).parent)), "start", "--block", "--num-cpus", "1",
                "--object-store-memory", str(driver.OBJECT_STORE_BYTES), "--disable-usage-stats", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    return subprocess.Popen(command, env=environment, stdout=(folder / "node.log").open("a"),
+    return subprocess.Popen(command, env=os.environ | environment, stdout=(folder / "node.log").open("a"),
                             stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -219,13 +219,14 @@ def test_two_nodes_of_which_one_dies_lose_nothing(tmp_path):
     folder = tmp_path / "cluster"
     folder.mkdir()
     address = f"127.0.0.1:{free_port()}"
-    nodes = [start_node(tmp_path, "--head", "--port", address.split(":")[1], "--include-dashboard", "false")]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as the nodes of a cluster share one
+    nodes = [start_node(tmp_path, token, "--head", "--port", address.split(":")[1], "--include-dashboard", "false")]
     try:
         time.sleep(10)
-        nodes.append(start_node(tmp_path, "--address", address))
+        nodes.append(start_node(tmp_path, token, "--address", address))
         time.sleep(10)
-        process = start_sweep(folder, "--address", address, "--mlflow", "none")
-        wait_for(lambda: len(locks(folder)) == 2, process)  # both nodes are at work
+        process = start_sweep(folder, "--address", address, "--mlflow", "none", **token)
+        wait_for(lambda: len(runs_at_work(folder)) == 2, process)  # one on each node
         os.killpg(nodes[1].pid, signal.SIGKILL)
         finish(process)
     finally:
@@ -234,5 +235,5 @@ def test_two_nodes_of_which_one_dies_lose_nothing(tmp_path):
     assert [result(record) for record in read_records(folder / "records")] == by_hand(tmp_path / "hand", LONG)
 
 
-def locks(folder):
-    return {log.parent for log in folder.glob("runs/*/losses.jsonl")}
+def runs_at_work(folder):
+    return [log for log in folder.glob("runs/*/losses.jsonl") if not (log.parent / "ema.safetensors").exists()]

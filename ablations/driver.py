@@ -76,7 +76,7 @@ def started_ray(resources: Resources) -> Iterator[None]:
         if resources.address:
             ray.init(address=resources.address, **quiet)
         else:
-            ray.init(num_cpus=resources.jobs or cpu_count(), include_dashboard=False,
+            ray.init(address="local", num_cpus=resources.jobs or cpu_count(), include_dashboard=False,
                      object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"no Ray cluster answers at --address {resources.address}" if resources.address else "Ray did not start"

@@ -14,7 +14,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from diffmoe.cells import Store
 from diffmoe.config import ConfigError
 from diffmoe.records import read_records
-from diffmoe.tracking import publish
+from diffmoe.tracking.publish import publish
 
 RETRY_S = 300.0
 """Seconds until a store that did not answer is asked again."""

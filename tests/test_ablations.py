@@ -23,7 +23,7 @@ from diffmoe.config import ConfigError, digest, load_config, to_dict
 from diffmoe.data import load_data
 from diffmoe.records import write_record
 from diffmoe.reproduce import CONFIGS
-from diffmoe.tracking import flatten
+from diffmoe.tracking.store import flatten
 
 SCALES = ("digits", "cifar10")
 

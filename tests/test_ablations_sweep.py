@@ -156,7 +156,7 @@ def wait_for(condition, process, seconds=240):
     """Return the first true value of `condition()`."""
     until = time.monotonic() + seconds
     while not (found := condition()):
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < until
         time.sleep(0.05)
     return found
@@ -222,9 +222,8 @@ def test_two_nodes_of_which_one_dies_lose_nothing(tmp_path):
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as the nodes of a cluster share one
     nodes = [start_node(tmp_path, token, "--head", "--port", address.split(":")[1], "--include-dashboard", "false")]
     try:
-        time.sleep(10)
+        wait_for(lambda: "runtime started" in (tmp_path / "node.log").read_text(), nodes[0])
         nodes.append(start_node(tmp_path, token, "--address", address))
-        time.sleep(10)
         process = start_sweep(folder, "--address", address, "--mlflow", "none", **token)
         wait_for(lambda: len(runs_at_work(folder)) == 2, process)  # one on each node
         os.killpg(nodes[1].pid, signal.SIGKILL)

@@ -218,7 +218,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
                         help="SQLite file, URI, or none (default: results/<scale>/local/mlflow.db, or in --out)")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/ablations and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

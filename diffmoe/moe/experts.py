@@ -112,8 +112,9 @@ def _loop(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
 def _batched(x_ND: Tensor, weights: list[Tensor], rows: int) -> Tensor:
     w1, b1, w2, b2 = weights
     x_ERD = x_ND.unflatten(0, (w1.shape[0], rows))
-    hidden_ERF = F.gelu(torch.baddbmm(b1[:, None], x_ERD, w1), approximate="tanh")
-    return torch.baddbmm(b2[:, None], hidden_ERF, w2).flatten(0, 1)
+    # Not baddbmm: it first writes the bias to every row of its output and then reads that back.
+    hidden_ERF = F.gelu(torch.bmm(x_ERD, w1) + b1[:, None], approximate="tanh")
+    return (torch.bmm(hidden_ERF, w2) + b2[:, None]).flatten(0, 1)
 
 
 def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:

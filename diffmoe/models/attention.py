@@ -8,15 +8,14 @@ Shapes: B samples, T tokens, H heads, K their width, D = H K.
 
 from __future__ import annotations
 
-import importlib.util
-
 import timm.layers
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-if HAS_TRITON := importlib.util.find_spec("triton") is not None:
+from diffmoe.models.kernels import HAS_TRITON, kernels_apply
+
+if HAS_TRITON:
     from diffmoe.models.attention_kernels import packed_attention
 
 FUSED_TOKENS = (16, 32, 64, 128)
@@ -35,5 +34,4 @@ class Attention(timm.layers.Attention):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))
 
     def _is_fused(self, qkv: Tensor) -> bool:
-        return (HAS_TRITON and qkv.is_cuda and qkv.dtype is torch.bfloat16 and qkv.shape[1] in FUSED_TOKENS
-                and self.head_dim in FUSED_HEAD_WIDTHS)
+        return kernels_apply(qkv) and qkv.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS

@@ -15,12 +15,20 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from diffmoe.config import Backend, ModelConfig
 from diffmoe.models.attention import Attention
-from diffmoe.models.layers import FinalLayer, TimestepEmbedder, modulate, patchify, sincos_positions, unpatchify
+from diffmoe.models.layers import (
+    FeedForward,
+    FinalLayer,
+    TimestepEmbedder,
+    modulate,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 from diffmoe.moe.layer import MoE
 from diffmoe.moe.routing import Routing
 
@@ -53,8 +61,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads=config.num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.is_moe = config.is_moe_block(index)
-        self.ffn = (MoE(config) if self.is_moe else
-                    Mlp(width, config.ffn_size, act_layer=lambda: nn.GELU(approximate="tanh")))
+        self.ffn = MoE(config) if self.is_moe else FeedForward(width, config.ffn_size)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition_BD: Tensor, row_bound: float | None) -> tuple[Tensor, Routing | None]:

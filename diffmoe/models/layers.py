@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 
+import timm.layers
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from diffmoe.models.kernels import HAS_TRITON, kernels_apply
+
+if HAS_TRITON:
+    from diffmoe.models.bias_kernels import grouped_bias
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10_000
@@ -15,6 +22,22 @@ MAX_PERIOD = 10_000
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift, one shift and scale a sample."""
     return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class FeedForward(timm.layers.Mlp):
+    """The feed-forward network gelu(x w1 + b1) w2 + b2 with GELU's tanh form, with timm's parameters."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Map tokens (B, T, D) to (B, T, D)."""
+        if not kernels_apply(x_BTD):
+            return super().forward(x_BTD)
+        hidden = F.linear(x_BTD, self.fc1.weight).flatten(0, 1)  # one expert of all rows
+        end = torch.full((1,), len(hidden), dtype=torch.int32, device=x_BTD.device)
+        hidden = grouped_bias(hidden, self.fc1.bias[None], end, gelu=True)
+        return self.fc2(hidden.unflatten(0, x_BTD.shape[:2]))
 
 
 class TimestepEmbedder(nn.Module):

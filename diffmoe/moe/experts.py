@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import Backend
+from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 from diffmoe.moe.routing import Routing, SeededGenerator, without_autocast
+
+if HAS_TRITON:
+    from diffmoe.models.bias_kernels import grouped_bias
 
 # Public since torch 2.10; the underscored name is the same operator before.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -113,37 +117,47 @@ def _batched(x_ND: Tensor, weights: list[Tensor], rows: int) -> Tensor:
     w1, b1, w2, b2 = weights
     x_ERD = x_ND.unflatten(0, (w1.shape[0], rows))
     # Not baddbmm: it first writes the bias to every row of its output and then reads that back.
-    hidden_ERF = F.gelu(torch.bmm(x_ERD, w1) + b1[:, None], approximate="tanh")
+    hidden_ERF = torch.bmm(x_ERD, w1)
+    if kernels_apply(x_ND):
+        ends_E = torch.arange(1, len(w1) + 1, dtype=torch.int32, device=x_ND.device) * rows
+        hidden_ERF = grouped_bias(hidden_ERF.flatten(0, 1), b1, ends_E, gelu=True).view_as(hidden_ERF)
+    else:
+        hidden_ERF = F.gelu(hidden_ERF + b1[:, None], approximate="tanh")
     return (torch.bmm(hidden_ERF, w2) + b2[:, None]).flatten(0, 1)
 
 
 def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
     w1, b1, w2, b2 = weights
-    num_experts = w1.shape[0]
-    ends_E = routing.counts(num_experts).cumsum(0).to(torch.int32)
-    expert_N = routing.expert_of_pair(num_experts)
-    valid_N1 = (expert_N < num_experts)[:, None]
-    expert_N = expert_N.clamp(max=num_experts - 1)  # pads borrow the last expert's bias and are zeroed below
-    hidden_NF = _add_bias(_grouped_product(x_ND, w1, ends_E, valid_N1), b1, expert_N)
-    hidden_NF = F.gelu(hidden_NF, approximate="tanh")
-    return torch.where(valid_N1, _add_bias(_grouped_product(hidden_NF, w2, ends_E, valid_N1), b2, expert_N), 0)
+    ends_E = routing.counts(len(w1)).cumsum(0).to(torch.int32)
+    add_bias = grouped_bias if kernels_apply(x_ND) else _grouped_bias
+    # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one product,
+    # add_bias behind both: it gives zeros there, in the result and in the gradient.
+    x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)
+    hidden_NF = add_bias(_grouped_product(x_ND, w1, ends_E), b1, ends_E, gelu=True)
+    return add_bias(_grouped_product(hidden_NF, w2, ends_E), b2, ends_E, gelu=False)
 
 
-def _add_bias(y_NO: Tensor, bias_EO: Tensor, expert_N: Tensor) -> Tensor:
-    """Add each row's bias in float32: the gradient of a bias adds up thousands of rows, too many for bf16."""
-    return (y_NO.float() + bias_EO.float()[expert_N]).to(y_NO.dtype)
+def _grouped_bias(x_NO: Tensor, bias_EO: Tensor, ends_E: Tensor, gelu: bool) -> Tensor:
+    """Do what the kernel of this name does, with each row's bias in float32.
 
-
-def _grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, valid_N1: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix; rows behind the last end are 0, in the result and in the gradient.
-
-    The operator leaves those rows unset, forward and backward, hence both masks.
+    The gradient of a bias adds up thousands of rows, too many for bf16.
     """
-    x_NI = torch.where(valid_N1, x_NI, 0)
+    valid_N1 = _is_pair(x_NO, ends_E)
+    expert_N = torch.searchsorted(ends_E, torch.arange(len(x_NO), device=x_NO.device), right=True)
+    expert_N = expert_N.clamp(max=len(ends_E) - 1)  # pads borrow the last expert's bias and are zeroed below
+    y_NO = (torch.where(valid_N1, x_NO, 0).float() + bias_EO.float()[expert_N]).to(x_NO.dtype)
+    return torch.where(valid_N1, F.gelu(y_NO, approximate="tanh") if gelu else y_NO, 0)
+
+
+def _is_pair(x_ND: Tensor, ends_E: Tensor) -> Tensor:
+    return (torch.arange(len(x_ND), device=x_ND.device) < ends_E[-1])[:, None]
+
+
+def _grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix; rows behind the last end stay unset, as their gradient does."""
     in_size, out_size = weight_EIO.shape[1:]
     step = GROUPED_ALIGNMENT_BYTES // x_NI.element_size()
     in_pad, out_pad = -in_size % step, -out_size % step
     if in_pad or out_pad:  # the operator wants row strides of 16 bytes; zeros change nothing
         x_NI, weight_EIO = F.pad(x_NI, (0, in_pad)), F.pad(weight_EIO, (0, out_pad, 0, in_pad))
-    y_NO = grouped_mm(x_NI, weight_EIO, offs=ends_E)
-    return torch.where(valid_N1, y_NO[:, :out_size], 0)
+    return grouped_mm(x_NI, weight_EIO, offs=ends_E)[:, :out_size]

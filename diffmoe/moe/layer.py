@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, resolve_router
+from diffmoe.models.layers import FeedForward
 from diffmoe.moe.experts import ExpertBank
 from diffmoe.moe.routing import Router, Routing, without_autocast
 
@@ -25,8 +25,7 @@ class MoE(nn.Module):
         self.experts = ExpertBank(moe.num_experts, config.hidden_size, config.ffn_size)
         self.shared = None
         if moe.shared_experts:  # n networks of width F side by side are one of width n*F
-            self.shared = Mlp(config.hidden_size, moe.shared_experts * config.ffn_size,
-                              act_layer=lambda: nn.GELU(approximate="tanh"))
+            self.shared = FeedForward(config.hidden_size, moe.shared_experts * config.ffn_size)
 
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> tuple[Tensor, Routing]:
         """Return the layer's output (B, T, D) and the routing it used."""

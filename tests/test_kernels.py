@@ -1,0 +1,68 @@
+"""Every Triton kernel against plain float64: in Triton's interpreter where there is no GPU, and on a GPU in bf16."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import rand
+
+from diffmoe.models.kernels import HAS_TRITON
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = pytest.mark.skipif(not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())),
+                               reason="needs a CUDA device, or Triton's interpreter")
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and is no part of itself")
+def test_every_kernel_equals_plain_arithmetic_in_tritons_interpreter():
+    run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, check=False)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+
+
+def assert_near(actual, expected, relative):
+    """Compare by norm, so that a NaN never passes."""
+    for index, (mine, wanted) in enumerate(zip(actual, expected, strict=True)):
+        error, size = (mine.double().cpu() - wanted.double().cpu()).norm(), wanted.double().norm().cpu()
+        assert error <= relative * size, f"{index}: {error:.2e} of {size:.2e}"
+
+
+# ---------------------------------------------------------------- bias and GELU by expert
+
+
+def exact_bias(x, bias, ends, gelu):
+    """Add biases to rows one expert after another."""
+    starts = [0, *ends[:-1]]
+    parts = [x[start:end] + bias[expert] for expert, (start, end) in enumerate(zip(starts, ends, strict=True))]
+    rows = torch.cat(parts)
+    return torch.cat([F.gelu(rows, approximate="tanh") if gelu else rows, torch.zeros_like(x[ends[-1]:])])
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize(("ends", "pads", "width"), [
+    ([300], 0, 130), ([64, 128], 0, 128), ([0, 5, 5, 70, 200], 13, 33), ([0, 0], 3, 16), ([1, 65, 65], 70, 7)],
+    ids=str)
+def test_bias_and_gelu_by_expert(ends, pads, width, gelu, dtype):
+    from diffmoe.models.bias_kernels import grouped_bias
+
+    x, bias = rand(ends[-1] + pads, width, seed=1), rand(len(ends), width, seed=2)
+    grad = rand(*x.shape, seed=3) + 1
+    x[ends[-1]:] = grad[ends[-1]:] = float("nan")  # pads hold anything
+    x, bias, grad = (value.to(DEVICE, dtype) for value in (x, bias, grad))
+    leaves = [x.requires_grad_(), bias.requires_grad_()]
+    y = grouped_bias(*leaves, torch.tensor(ends, dtype=torch.int32, device=DEVICE), gelu)
+    exact = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    wanted = exact_bias(*exact, ends, gelu)
+    grads = torch.autograd.grad(y, leaves, grad)
+    wanted_grads = torch.autograd.grad(wanted, exact, grad.double().cpu().nan_to_num(0))
+    assert y.dtype == dtype
+    assert_near([y, *grads], [wanted, *(value.nan_to_num(0) for value in wanted_grads)], DTYPES[dtype])
+    again = grouped_bias(*leaves, torch.tensor(ends, dtype=torch.int32, device=DEVICE), gelu)
+    assert all(map(torch.equal, grads, torch.autograd.grad(again, leaves, grad)))

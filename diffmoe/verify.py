@@ -174,7 +174,7 @@ class Recorder:
         def capture(name: str, pick: Callable[[tuple, tuple | Tensor], Tensor]) -> Callable:
             return lambda module, args, output: seen.__setitem__(f"{phase}/{name}", pick(args, output))
 
-        handles = [block.register_forward_hook(capture(f"block_out/{index}", lambda args, output: output[0]))
+        handles = [block.register_forward_hook(capture(f"block_out/{index}", lambda args, output: output[0].total()))
                    for index, block in enumerate(self.model.blocks)]
         for index, layer in self.model.moe_layers().items():
             handles.append(layer.register_forward_hook(capture(f"moe_in/{index}", lambda args, output: args[0])))

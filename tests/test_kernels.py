@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import rand
 
 from diffmoe.models.kernels import HAS_TRITON
+from diffmoe.models.layers import Stream
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -66,3 +67,27 @@ def test_bias_and_gelu_by_expert(ends, pads, width, gelu, dtype):
     assert_near([y, *grads], [wanted, *(value.nan_to_num(0) for value in wanted_grads)], DTYPES[dtype])
     again = grouped_bias(*leaves, torch.tensor(ends, dtype=torch.int32, device=DEVICE), gelu)
     assert all(map(torch.equal, grads, torch.autograd.grad(again, leaves, grad)))
+
+
+# ---------------------------------------------------------------- residual sum, norm and modulation
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("shape", [(2, 64, 32), (3, 7, 33), (1, 130, 48)], ids=str)
+def test_residual_sum_norm_and_modulation(shape, rounded, dtype):
+    from diffmoe.models.norm_kernels import residual_norm
+
+    batch, _, width = shape
+    x, y = rand(*shape, seed=1).to(DEVICE) + 1, rand(*shape, seed=2).to(DEVICE, dtype)
+    gate, shift, scale = (rand(batch, width, seed=seed).to(DEVICE, dtype) for seed in (3, 4, 5))
+    h_dtype = dtype if rounded else torch.float32
+    grads = [rand(*shape, seed=6).to(DEVICE), (rand(*shape, seed=7) + 1).to(DEVICE, h_dtype)]
+    leaves = [value.requires_grad_() for value in (x, gate, y, shift, scale)]
+    outputs = residual_norm(*leaves, 1e-6, h_dtype)
+    assert [value.dtype for value in outputs] == [torch.float32, h_dtype]
+    exact = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    wanted = Stream(*exact[:3]).modulated_norm(*exact[3:])
+    assert_near([*outputs, *torch.autograd.grad(outputs, leaves, grads)],
+                [*wanted, *torch.autograd.grad(wanted, exact, [grad.double().cpu() for grad in grads])], DTYPES[dtype])

@@ -23,10 +23,11 @@ from diffmoe.models.attention import Attention
 from diffmoe.models.layers import (
     FeedForward,
     FinalLayer,
+    Stream,
     TimestepEmbedder,
-    modulate,
     patchify,
     sincos_positions,
+    split_modulation,
     unpatchify,
 )
 from diffmoe.moe.layer import MoE
@@ -57,23 +58,21 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=config.num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.is_moe = config.is_moe_block(index)
         self.ffn = MoE(config) if self.is_moe else FeedForward(width, config.ffn_size)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition_BD: Tensor, row_bound: float | None) -> tuple[Tensor, Routing | None]:
-        """Return the new tokens (B, T, D) and the routing of a mixture-of-experts layer."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        y, routing = modulate(self.norm2(x), shift2, scale2), None
+    def forward(self, stream: Stream, condition_BD: Tensor, row_bound: float | None) -> tuple[Stream, Routing | None]:
+        """Return the new stream of tokens (B, T, D) and the routing of a mixture-of-experts layer."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(self.adaln(condition_BD), 6)
+        x, h = stream.modulated_norm(shift1, scale1)
+        x, h = Stream(x, gate1, self.attn(h)).modulated_norm(shift2, scale2, rounded=not self.is_moe)
         if self.is_moe:
-            y, routing = self.ffn(y, row_bound)
+            y, routing = self.ffn(h, row_bound)
         else:
-            y = self.ffn(y)
-        return x + gate2[:, None] * y, routing
+            y, routing = self.ffn(h), None
+        return Stream(x, gate2, y), routing
 
 
 class DiT(nn.Module):
@@ -103,12 +102,12 @@ class DiT(nn.Module):
         patches = patchify(x_BCHW, self.config.patch_size)
         x = F.linear(patches, projection.weight.flatten(1), projection.bias) + self.positions
         condition = self.time_embed(t_B) + self.label_embed(labels_B)
-        routings = []
+        stream, routings = Stream(x), []
         for block in self.blocks:
-            x, routing = block(x, condition, row_bound)
+            stream, routing = block(stream, condition, row_bound)
             if routing is not None:
                 routings.append(routing)
-        patches = self.final(x, condition)
+        patches = self.final(stream, condition)
         side = self.config.input_size // self.config.patch_size
         return ModelOutput(unpatchify(patches, side, self.config.patch_size), routings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import timm.layers
 import torch
@@ -13,15 +14,47 @@ from torch import Tensor, nn
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
 if HAS_TRITON:
+    from diffmoe.models import norm_kernels
     from diffmoe.models.bias_kernels import grouped_bias
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10_000
+NORM_EPS = 1e-6
+
+
+class Stream(NamedTuple):
+    """The residual stream x + gate * y; the sum waits for the next norm, which makes it in the same pass."""
+
+    x_BTD: Tensor
+    gate_BD: Tensor | None = None
+    y_BTD: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the sum (B, T, D)."""
+        return self.x_BTD if self.y_BTD is None else self.x_BTD + self.gate_BD[:, None] * self.y_BTD
+
+    def modulated_norm(self, shift_BD: Tensor, scale_BD: Tensor, *, rounded: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the sum and its norm, modulated, both (B, T, D).
+
+        Args:
+            shift_BD, scale_BD: one of each a sample.
+            rounded: only products under autocast read the norm, so that it may have their dtype.
+        """
+        if self.y_BTD is not None and kernels_apply(self.x_BTD):
+            dtype = torch.bfloat16 if rounded else self.x_BTD.dtype
+            return norm_kernels.residual_norm(*self, shift_BD, scale_BD, NORM_EPS, dtype)
+        x_BTD = self.total()
+        return x_BTD, modulate(F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPS), shift_BD, scale_BD)
 
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift, one shift and scale a sample."""
     return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def split_modulation(values: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Split (B, count * D) into `count` tensors (B, D), each contiguous, as the kernels read them."""
+    return rearrange(values, "b (n d) -> n b d", n=count).contiguous().unbind()
 
 
 class FeedForward(timm.layers.Mlp):
@@ -61,14 +94,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size**2 * out_channels)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+    def forward(self, stream: Stream, condition_BD: Tensor) -> Tensor:
         """Return patches (B, T, patch * patch * channels), channel fastest."""
-        shift, scale = self.adaln(condition_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm(x_BTD), shift, scale))
+        shift, scale = split_modulation(self.adaln(condition_BD), 2)
+        return self.linear(stream.modulated_norm(shift, scale)[1])
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: N images, K network calls, L mixture-of-experts layers, E experts; the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmoe.config import Precision, RunConfig
 from diffmoe.data.images import seeded_generator, to_pixels
 from diffmoe.diffusion import build_process, guided
-from diffmoe.models.dit import DiT
+from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
 
 FIRST_ROW_BOUND = 2.0
@@ -93,13 +93,20 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
     labels = torch.tensor(seeds) % config.model.num_classes
     parts, capacity, expert_load, position_load, token_load = [], [], [], [], []
     size = config.sampling.batch_size
+    row_bound = FIRST_ROW_BOUND
+    # Where it pays: a CUDA graph of a call, since the host launches a call's kernels slower than they run.
+    many = config.runtime.compile and len(seeds) >= 2 * size
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False) if many else model
+    next_noise = StartNoise(config, seeds[:size])
     for start in range(0, len(seeds), size):
-        part = slice(start, start + size)
-        row_bound = FIRST_ROW_BOUND
-        images, meter = _sample_batch(model, config, seeds[part], labels[part], row_bound)
+        part, noise = slice(start, start + size), next_noise
+        network = compiled if len(noise.images) == size else model  # a smaller last batch is not worth compiling
+        images, meter = _sample_batch(model, network, config, noise, labels[part], row_bound)
+        next_noise = StartNoise(config, seeds[start + size : start + 2 * size])  # while the device works
         while meter.overflow:  # the one wait of a batch; pairs are never dropped
             row_bound *= 2
-            images, meter = _sample_batch(model, config, seeds[part], labels[part], row_bound)
+            noise = StartNoise(config, seeds[part])
+            images, meter = _sample_batch(model, network, config, noise, labels[part], row_bound)
         parts.append(to_pixels(images).cpu())
         if meter.capacity:
             capacity.append(torch.stack(meter.capacity).cpu())
@@ -112,23 +119,37 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
                    sum(position_load) / len(seeds), torch.cat(token_load))
 
 
-def _sample_batch(model: DiT, config: RunConfig, seeds: Sequence[int], labels: Tensor,
-                  row_bound: float) -> tuple[Tensor, CapacityMeter]:
+class StartNoise:
+    """The starts of a batch, and the generators that go on to draw its step noise.
+
+    Drawn on the CPU, for the same images on every device.
+    """
+
+    def __init__(self, config: RunConfig, seeds: Sequence[int]) -> None:
+        self.shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
+        self.generators = [seeded_generator("sample", seed) for seed in seeds]
+        self.images = self.draw()
+
+    def draw(self) -> Tensor:
+        """Return fresh noise (N, C, H, W)."""
+        noise = torch.empty(len(self.generators), *self.shape)
+        for image, generator in zip(noise, self.generators, strict=True):
+            image.normal_(generator=generator)
+        return noise
+
+
+def _sample_batch(model: DiT, network: Callable[..., ModelOutput], config: RunConfig, noise: StartNoise,
+                  labels: Tensor, row_bound: float) -> tuple[Tensor, CapacityMeter]:
     device = model.positions.device
-    shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
-    generators = [seeded_generator("sample", seed) for seed in seeds]  # on the CPU: the same noise on every device
-
-    def draw(step: int = -1) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-
-    meter = CapacityMeter(model, len(seeds))
+    meter = CapacityMeter(model, len(labels))
 
     def predict_labels(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision is Precision.BF16):
-            output = model(x, t, y, row_bound)
+            output = network(x, t, y, row_bound)
         meter.add(output.routings, len(x))
-        return output.prediction.float()
+        return output.prediction.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites it
 
     predict = guided(predict_labels, labels.to(device), config.model.null_label, config.sampling)
-    images = build_process(config.diffusion).sample(predict, draw(), config=config.sampling, step_noise=draw)
+    images = build_process(config.diffusion).sample(
+        predict, noise.images.to(device), config=config.sampling, step_noise=lambda step: noise.draw().to(device))
     return images, meter

@@ -34,7 +34,7 @@ def grouped_bias(x_NF: Tensor, bias_EF: Tensor, ends_E: Tensor, gelu: bool) -> T
     """
     x_NF = x_NF.contiguous()
     y_NF = torch.empty_like(x_NF)
-    wrap_triton(_forward)[_grid(x_NF, ends_E)](
+    wrap_triton(_bias_forward)[_grid(x_NF, ends_E)](
         x_NF, bias_EF.contiguous(), ends_E, y_NF, *x_NF.shape, *_groups(ends_E), gelu, ROWS, COLS, num_warps=8)
     return y_NF
 
@@ -47,7 +47,7 @@ def grouped_bias_backward(d_y_NF: Tensor, x_NF: Tensor, bias_EF: Tensor, ends_E:
     d_x_NF, d_bias_EF = torch.empty_like(x_NF), torch.empty_like(bias_EF)
     grid = _grid(x_NF, ends_E)
     sums = x_NF.new_empty(grid[1], x_NF.shape[1], dtype=torch.float32)
-    wrap_triton(_backward)[grid](
+    wrap_triton(_bias_backward)[grid](
         d_y_NF, x_NF, bias_EF, ends_E, d_x_NF, sums, *x_NF.shape, *_groups(ends_E), gelu, ROWS, COLS, num_warps=8)
     wrap_triton(_add_tiles)[(grid[0], len(ends_E))](
         sums, ends_E, d_bias_EF, *x_NF.shape, *_groups(ends_E), ROWS, COLS, TILES_AT_ONCE)
@@ -101,7 +101,7 @@ def _place(ends, N, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _forward(x, bias, ends, y, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
+def _bias_forward(x, bias, ends, y, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
              ROWS: tl.constexpr, COLS: tl.constexpr):
     group, rows, end, cols = _place(ends, N, E, GROUPS, ROWS, COLS)
     mask = (rows < end) & (cols < F)
@@ -113,7 +113,7 @@ def _forward(x, bias, ends, y, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU
 
 
 @triton.jit
-def _backward(d_y, x, bias, ends, d_x, sums, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
+def _bias_backward(d_y, x, bias, ends, d_x, sums, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
               ROWS: tl.constexpr, COLS: tl.constexpr):
     group, rows, end, cols = _place(ends, N, E, GROUPS, ROWS, COLS)
     mask = (rows < end) & (cols < F)

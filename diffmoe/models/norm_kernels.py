@@ -32,7 +32,7 @@ def residual_norm(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor, shift_BD: Tenso
         value.contiguous() for value in (x_BTD, y_BTD, gate_BD, shift_BD, scale_BD))
     batch, tokens, width = x_BTD.shape
     sum_BTD, h_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD, dtype=dtype)
-    wrap_triton(_forward)[(triton.cdiv(tokens, ROWS), batch)](
+    wrap_triton(_norm_forward)[(triton.cdiv(tokens, ROWS), batch)](
         x_BTD, y_BTD, gate_BD, shift_BD, scale_BD, sum_BTD, h_BTD, eps, tokens, width,
         triton.next_power_of_2(width), ROWS)
     return sum_BTD, h_BTD
@@ -48,7 +48,7 @@ def residual_norm_backward(d_sum_BTD: Tensor, d_h_BTD: Tensor, sum_BTD: Tensor, 
     parts = triton.cdiv(tokens, TOKENS)
     d_x_BTD, d_y_BTD = torch.empty_like(sum_BTD), torch.empty_like(y_BTD)
     sums = sum_BTD.new_empty(3, parts, batch, width, dtype=torch.float32)
-    wrap_triton(_backward)[(parts, batch)](
+    wrap_triton(_norm_backward)[(parts, batch)](
         d_sum_BTD, d_h_BTD, sum_BTD, y_BTD, gate_BD, scale_BD, d_x_BTD, d_y_BTD, sums, eps, tokens, width, batch,
         triton.next_power_of_2(width), ROWS_BACKWARD, TOKENS)
     return d_x_BTD, d_y_BTD, sums.sum(1).to(gate_BD.dtype)
@@ -77,7 +77,7 @@ def _norm(x, eps, mask, D):
 
 
 @triton.jit
-def _forward(x, y, gate, shift, scale, total, h, eps, T, D, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _norm_forward(x, y, gate, shift, scale, total, h, eps, T, D, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     image = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, WIDTH)[None, :]
@@ -92,7 +92,7 @@ def _forward(x, y, gate, shift, scale, total, h, eps, T, D, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def _backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, eps, T, D, B, WIDTH: tl.constexpr,
+def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, eps, T, D, B, WIDTH: tl.constexpr,
               ROWS: tl.constexpr, TOKENS: tl.constexpr):
     image = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)[None, :]

@@ -19,21 +19,23 @@ for shape in ((2, 16, 3, 32), (1, 64, 2, 16)):
 
 
 def kernel_errors(shape, dtype, device):
-    """Return the relative errors of output and gradient for (B, T, H, K)."""
+    """Return the relative errors of output and gradients for (B, T, H, K)."""
     from diffmoe.models.attention_kernels import packed_attention
 
     batch, tokens, heads, width = shape
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(batch, tokens, 3 * heads * width, generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.randn(3 * heads * width, generator=generator).to(device).requires_grad_()
     grad = torch.randn(batch, tokens, heads * width, generator=generator).to(device, dtype)
-    out = packed_attention(qkv, heads)
-    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
-    exact = qkv.detach().double().requires_grad_()
-    q, k, v = exact.view(batch, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
+    out = packed_attention(qkv, bias, heads)
+    gradients = torch.autograd.grad(out, (qkv, bias), grad)
+    exact = [value.detach().double().requires_grad_() for value in (qkv, bias)]
+    q, k, v = (exact[0] + exact[1]).view(batch, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(out.shape)
-    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    expected_gradients = torch.autograd.grad(expected, exact, grad.double())
+    # A bias of keys moves every score of a row alike: its gradient is 0, so that of all three is compared.
     return [((actual - wanted).norm() / wanted.norm()).item()
-            for actual, wanted in ((out, expected), (grad_qkv, expected_grad))]
+            for actual, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")

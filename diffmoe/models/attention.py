@@ -27,11 +27,11 @@ class Attention(timm.layers.Attention):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
-        qkv = self.qkv(x_BTD)
-        if self._is_fused(qkv):
-            return self.proj(packed_attention(qkv, self.num_heads))
-        q, k, v = rearrange(qkv, "b t (n h k) -> n b h t k", n=3, h=self.num_heads)
+        if self._is_fused(x_BTD):
+            return self.proj(packed_attention(F.linear(x_BTD, self.qkv.weight), self.qkv.bias, self.num_heads))
+        q, k, v = rearrange(self.qkv(x_BTD), "b t (n h k) -> n b h t k", n=3, h=self.num_heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))
 
-    def _is_fused(self, qkv: Tensor) -> bool:
-        return kernels_apply(qkv) and qkv.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS
+    def _is_fused(self, x_BTD: Tensor) -> bool:
+        return (kernels_apply(x_BTD) and x_BTD.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS
+                and self.qkv.bias is not None)

@@ -482,7 +482,10 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (),
     """
     data = base or {}
     for path in paths:
-        data = _merge(data, _read_yaml(Path(path)))
+        try:
+            data = _merge(data, _read_yaml(Path(path)))
+        except RecursionError:
+            raise ConfigError(f"{path}: a value refers to itself") from None
     return from_dict(RunConfig, apply_overrides(data, overrides))
 
 
@@ -502,7 +505,10 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise ConfigError(f"{key}={text}: not a YAML value") from None
         for part in reversed(key.split(".")):
             value = {part: value}
-        data = _merge(data, value)
+        try:
+            data = _merge(data, value)
+        except RecursionError:
+            raise ConfigError(f"{key}={text}: refers to itself") from None
     return data
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from conftest import model_config, one_line, run_config, run_data
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -128,6 +128,7 @@ OVERRIDES = st.lists(st.one_of(st.builds(lambda key, value: f"{key}={value}", KE
 
 @fuzz
 @given(overrides=OVERRIDES)
+@example(overrides=["model=&a {model: *a}"] * 2)
 def test_overrides(base, overrides):
     accepts_or_refuses("overrides", lambda: load_config([base, base], overrides))
 

@@ -1,0 +1,232 @@
+"""One training step taken apart: each part timed by itself, with its operations and the bytes that it must move.
+
+Parts of the network run forward and backward on inputs as a step hands them over, compiled and captured like the step
+itself; optimiser, average and data run as the trainer runs them. Bytes are the fewest: what enters, leaves, or is kept
+for the backward between two products moves once each way (bf16 tokens, float32 residual stream and master weights).
+
+Shapes: S tokens of the batch, D width, F hidden width of a feed-forward network, E experts, T tokens a sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe.bench.timing import describe_error, free_memory, time_visit
+from diffmoe.config import ModelConfig, Precision
+from diffmoe.models.dit import Block
+from diffmoe.moe.layer import MoE
+from diffmoe.training.graph import EAGER_CALLS
+from diffmoe.training.trainer import Trainer
+
+VISIT_SECONDS = 0.3
+Forward = Callable[[], Tensor | list[Tensor]]
+"""Returns what to go backward from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step."""
+
+    name: str
+    count: int
+    """Times a step."""
+    flops: float
+    """Floating-point operations of one time."""
+    bytes: float
+    """Bytes that one time must move."""
+    work: Callable[[], tuple[Forward, list[Tensor]]] | None = None
+    """Makes the forward and lists the inputs and weights whose gradients the backward computes."""
+    call: Callable[[], Any] | None = None
+    """For what has no backward: the work itself."""
+
+
+def time_parts(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return `name`, `count`, `ms` (of one time), `flops`, `bytes` and `how` of each part; `error` for one that failed.
+
+    The trainer is of no use for training afterwards: optimiser and average have moved without new gradients.
+    """
+    found = []
+    for part in list_parts(trainer):
+        line: dict[str, Any] = {"name": part.name, "count": part.count, "flops": part.flops, "bytes": part.bytes}
+        try:
+            call, how = (part.call, "as in the step") if part.call else _forward_backward(part, trainer)
+            line |= {"ms": statistics.median(time_visit(call, VISIT_SECONDS, trainer.device)), "how": how}
+        except Exception as error:  # a part that cannot stand alone must not cost the others
+            line["error"] = describe_error(error)
+        found.append(line)
+        call = None
+        free_memory(trainer.device)
+    return found
+
+
+def list_parts(trainer: Trainer) -> list[Part]:
+    """Return the parts of this trainer's step."""
+    config, batch = trainer.config.model, trainer.micro_batch
+    inputs = _layer_inputs(trainer)
+    moe = trainer.model.moe_layers()
+    dense = [index for index in range(config.depth) if index not in moe]
+    block = trainer.model.blocks[0]
+    parts = [
+        Part("attention", config.depth, *attention_costs(config, batch),
+             work=lambda: _alone(block.attn, inputs["attention"])),
+        Part("norms, modulation, residual", config.depth, *modulation_costs(config, batch),
+             work=lambda: _without_inner(block, inputs["block"])),
+    ]
+    if dense:
+        ffn = trainer.model.blocks[dense[0]].ffn
+        parts.append(Part("dense feed-forward", len(dense), *feed_forward_costs(config, batch * config.num_tokens, 1),
+                          work=lambda: _alone(ffn, inputs["dense"])))
+    if moe:
+        layer = next(iter(moe.values()))
+        rows = int(config.moe.capacity * batch * config.num_tokens)
+        parts += [
+            Part("routing", len(moe), *routing_costs(layer.router, config, batch),
+                 work=lambda: _routing(layer, inputs["moe"])),
+            Part("expert products", len(moe), *feed_forward_costs(config, rows, config.moe.num_experts),
+                 work=lambda: _experts(layer, inputs["moe"])),
+        ]
+    num = sum(parameter.numel() for parameter in trainer.model.parameters())
+    decay = trainer.config.training.ema_decay
+    tensors = trainer.batch(0)
+    step = (tensors.images, tensors.labels, tensors.noise, tensors.times)
+    pixels = tensors.images.numel()
+    return [
+        # AdamW reads weight, gradient and both moments and writes all but the gradient: 28 bytes
+        Part("optimiser", 1, 15 * num, 28 * num, call=trainer.optimizer.step),
+        Part("average", 1, 3 * num, 12 * num, call=lambda: trainer.ema.update(trainer.model, decay)),
+        Part("data", 1, 2 * pixels, 9 * pixels, call=lambda: trainer.batch(1)),
+        *parts,
+        Part("forward and backward", 1, 0.0, 0.0, call=lambda: trainer.gradients(*step)),
+    ]
+
+
+def attention_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
+    """Return (operations, bytes) of attention with its two linear maps, forward and backward."""
+    tokens, width = batch * config.num_tokens, config.hidden_size
+    flops = tokens * (8 * width**2 + 4 * config.num_tokens * width)
+    # x, qkv out and in, mixed out and in, y: 10 S D of bf16; weights 4 D^2 read as bf16
+    moved = 2 * (10 * tokens * width + 4 * width**2)
+    return 3 * flops, 3 * moved
+
+
+def feed_forward_costs(config: ModelConfig, rows: int, num_experts: int) -> tuple[float, float]:
+    """Return (operations, bytes) of `rows` tokens through feed-forward networks, forward and backward.
+
+    Experts also gather their rows and add them up by token; the gathered copy need not exist, so it is not counted.
+    """
+    width, hidden = config.hidden_size, config.ffn_size
+    weights = 2 * num_experts * width * hidden
+    tokens = 2 * rows * (2 * width + 2 * hidden)
+    # weights: read as bf16 forward and backward, gradient written as float32
+    return 12.0 * rows * width * hidden, 3 * tokens + (2 + 2 + 4) * weights
+
+
+def routing_costs(router: nn.Module, config: ModelConfig, batch: int) -> tuple[float, float]:
+    """Return (operations, bytes) of a router's linear maps, forward and backward, in float32."""
+    tokens, width = batch * config.num_tokens, config.hidden_size
+    matrices = sum(module.weight.numel() for module in router.modules() if isinstance(module, nn.Linear))
+    wide = sum(module.out_features for module in router.modules() if isinstance(module, nn.Linear))
+    return 6.0 * tokens * matrices, 3 * 4 * tokens * (width + wide)
+
+
+def modulation_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
+    """Return (operations, bytes) of a block without attention and feed-forward: adaLN, two norms, two residuals."""
+    tokens, width = batch * config.num_tokens, config.hidden_size
+    flops = 12.0 * batch * width**2 + 2 * 12 * tokens * width
+    # twice: residual in (4), modulated out (2); residual in (4), branch in (2), residual out (4)
+    return 3 * flops, 3 * 32 * tokens * width
+
+
+def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
+    """Return what a step's forward hands to attention, feed-forward and mixture layers and to a block."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable:
+        return lambda module, inputs: seen.setdefault(name, inputs)
+
+    model = trainer.model
+    moe = model.moe_layers()
+    watched: dict[str, nn.Module] = {"attention": model.blocks[0].attn, "block": model.blocks[0]}
+    dense = [block.ffn for index, block in enumerate(model.blocks) if index not in moe]
+    watched |= {"dense": dense[0]} if dense else {}
+    watched |= {"moe": next(iter(moe.values()))} if moe else {}
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in watched.items()]
+    batch = trainer.batch(0).rows(slice(0, trainer.micro_batch))
+    try:
+        with torch.no_grad(), _autocast(trainer):
+            model(batch.images, batch.times, batch.labels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: [value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value for value in inputs]
+            for name, inputs in seen.items()}
+
+
+def _alone(module: nn.Module, inputs: list) -> tuple[Forward, list[Tensor]]:
+    return lambda: module(inputs[0]), [inputs[0], *module.parameters()]
+
+
+def _without_inner(block: Block, inputs: list) -> tuple[Forward, list[Tensor]]:
+    bare = copy.deepcopy(block)
+    bare.attn, bare.ffn, bare.is_moe = nn.Identity(), nn.Identity(), False
+    return lambda: bare(*inputs)[0], [*inputs[:2], *bare.parameters()]
+
+
+def _routing(layer: MoE, inputs: list) -> tuple[Forward, list[Tensor]]:
+    def forward() -> list[Tensor]:
+        routing = layer.route(inputs[0])
+        return [routing.gate_N, *routing.losses.values()]
+
+    return forward, [inputs[0], *layer.router.parameters()]
+
+
+def _experts(layer: MoE, inputs: list) -> tuple[Forward, list[Tensor]]:
+    with torch.no_grad():
+        routing = layer.route(inputs[0])
+    x_SD = inputs[0].detach().flatten(0, 1).requires_grad_()
+    routing.gate_N.requires_grad_()
+    return lambda: layer.experts(x_SD, routing), [x_SD, routing.gate_N, *layer.experts.parameters()]
+
+
+def _forward_backward(part: Part, trainer: Trainer) -> tuple[Callable[[], Any], str]:
+    """Return a call that goes forward and backward through a part, and how it runs."""
+    forward, leaves = part.work()
+    compiled = torch.compile(forward) if trainer.config.runtime.compile else forward
+    with _autocast(trainer):
+        gradients = [torch.randn_like(output) for output in _as_list(compiled())]
+
+    def call() -> None:
+        with _autocast(trainer):
+            outputs = _as_list(compiled())
+        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)  # never touches `.grad` of the trainer
+
+    if not trainer.config.runtime.compile:
+        return call, "eager"
+    if trainer.device.type != "cuda":
+        return call, "compiled"
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(EAGER_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay, "compiled, as a graph"
+
+
+def _as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [output for output in outputs if output.requires_grad]
+
+
+def _autocast(trainer: Trainer) -> torch.autocast:
+    enabled = trainer.config.training.precision is Precision.BF16
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)

@@ -7,6 +7,7 @@ the user names; only the order of calls of their training loop is repeated here,
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import copy
 import hashlib
@@ -15,6 +16,7 @@ import io
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,16 +169,10 @@ class ReferenceSubject:
         self.running_loss: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def scope(self):
-        """Switch TF32 on, as their scripts do for the whole process, and autocast where asked for."""
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # their sampler prints
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+    def scope(self) -> Iterator[None]:
+        """Switch TF32 on, as their scripts do for the whole process; their sampler prints, which nobody reads."""
+        with _tf32(True), contextlib.redirect_stdout(io.StringIO()):
+            yield
 
     def call(self) -> object:
         """Do the work once."""
@@ -217,17 +213,25 @@ def compare_outputs(ours: DiT, theirs: torch.nn.Module, config: RunConfig) -> fl
         RuntimeError: when it is more than rounding.
     """
     inputs = network_inputs(config.model, AGREEMENT_IMAGES, ours.positions.device)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with _tf32(False):
         mine, other = ours(*inputs), theirs(*inputs)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     other = other[0] if isinstance(other, tuple) else other
     error = ((other - mine.prediction).norm() / mine.prediction.norm()).item()
     if not error <= MOST_RELATIVE_ERROR:
         raise RuntimeError(f"their output with our weights differs by {error:.1e}: not the same work")
     return error
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow float32 products (and convolutions) in TF32, or not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _join_group_of_one(device: torch.device) -> None:
@@ -236,7 +240,9 @@ def _join_group_of_one(device: torch.device) -> None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
 
 
 def _function(path: Path, name: str) -> Any:

@@ -130,11 +130,13 @@ class Runner:
             subject = self.make(case, config)
             self._wait()
             result.build_s = time.perf_counter() - started
+            meter.restart()
+            started = time.perf_counter()
             with subject.scope():
                 for _ in range(WARM_UP[case.work]):
                     subject.call()
             self._wait()
-            result.warm_up_s = time.perf_counter() - started - result.build_s
+            result.warm_up_s = time.perf_counter() - started
             for name, value in subject.facts().items():
                 setattr(result, name, value)
         except Exception as error:  # whatever is wrong with one case, the others shall be timed

@@ -18,7 +18,7 @@ import torch
 Call = Callable[[], object]
 
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
-COPY_BYTES = {"cuda": 2**31, "cpu": 2**26}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 CEILING_CALLS = {"cuda": 20, "cpu": 5}
 MOST_CALLS = 50
 """Calls of a visit."""
@@ -81,9 +81,10 @@ def _median_seconds(call: Call, device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory ran out; in a graph capture it comes under other names."""
+    """Say whether an error means that memory ran out; libraries have names of their own for it."""
+    signs = ("out of memory", "alloc_failed")
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
 
 
 def describe_error(error: BaseException) -> str:
@@ -112,17 +113,21 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+            self.restart()
+            self.before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    def restart(self) -> None:
+        """Forget the peak so far: what only building took."""
+        free_memory(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> tuple[int, int]:
         """Return (allocated, reserved) bytes; zeros on a CPU, which does not count."""
         if self.device.type != "cuda":
             return 0, 0
         allocated, reserved = self.before
-        return (torch.cuda.max_memory_allocated(self.device) - allocated,
-                torch.cuda.max_memory_reserved(self.device) - reserved)
+        return torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
 
 
 def available_memory(device: torch.device) -> float:
@@ -130,4 +135,4 @@ def available_memory(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info()[0]

@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from diffmoe.bench.record import OK, BenchRecord, Result, read_benches
 from diffmoe.bench.targets import judge
 from diffmoe.config import ConfigError
-from diffmoe.report.figures import COLOURS, SYSTEMS
+from diffmoe.report.style import COLOURS, SYSTEMS
 
 DPI = 150
+OTHER, LIGHTER = "#56b4e9", "#eba3a0"
+"""Colours of a system that a user adds, and of DiffMoE under a skewed load."""
 IMPLEMENTATIONS = {"ours": "ours", "reference-tf32": "authors, TF32", "reference-bf16": "authors, bf16"}
 WHOLE = "forward and backward"
 """The part that is not a part: what the network's parts add up to."""
@@ -165,9 +167,11 @@ def ratios_data(records: Sequence[BenchRecord]) -> pd.DataFrame:
                 if ratio is None or (against == "dense" and case.system == "dense"):
                     continue
                 batch = "largest batches" if record.settings.get("largest") else f"batch {case.batch}"
-                name = " ".join(filter(None, (case.workload, case.size, case.work, case.load))) + f"\n{batch}"
-                latest[name, case.system, against] = {"case": name, "system": SYSTEMS.get(case.system, case.system),
-                                                      "key": case.system, "against": against, "ratio": ratio}
+                name = f"{case.workload} {case.size} {case.work}\n{batch}"
+                system = SYSTEMS.get(case.system, case.system) + (", skewed load" if case.load == "skewed" else "")
+                colour = LIGHTER if case.load == "skewed" else COLOURS.get(case.system, OTHER)
+                latest[name, system, against] = {"case": name, "system": system, "colour": colour, "against": against,
+                                                 "ratio": ratio}
     return pd.DataFrame(latest.values())
 
 
@@ -177,16 +181,19 @@ def relative_speed(data: pd.DataFrame) -> Figure:
     rows = max(data[data.against == base].groupby("case", sort=False).size().sum() for base in bases)
     figure, panels = plt.subplots(1, len(bases), figsize=(4.6 * len(bases) + 1, 1.6 + 0.36 * rows),
                                   layout="constrained", squeeze=False)
+    legend: dict[str, object] = {}
     for axes, base in zip(panels[0], bases, strict=True):
         part = data[data.against == base]
-        palette = {line.system: COLOURS.get(line.key, "#56b4e9") for line in part.itertuples()}
+        palette = dict(zip(part.system, part.colour, strict=True))
         sns.barplot(part, y="case", x="ratio", hue="system", palette=palette, ax=axes, errorbar=None)
+        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.get_legend().remove()
         for bars in axes.containers:
             axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.axvline(1, color="0.3", lw=1)
         axes.set(xlabel=f"images/s over {base}", ylabel="")
         axes.margins(x=0.12)
-        axes.legend(frameon=False, fontsize=8, loc="best")
+    figure.legend(legend.values(), legend.keys(), loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("Speed relative to dense and to the authors' implementation, same run", x=0.01, ha="left")
     sns.despine(figure)
     return figure

@@ -381,6 +381,7 @@ def test_ratios_compare_within_a_record_and_across_batches_only_after_a_search()
     sample = result(10.0, work="sample", load="skewed")
     record.results += [sample, result(5.0, work="sample", system="dense")]
     assert record.ratio(sample, system="dense") == 0.5
+    assert sample.images_per_second == 1e3 * 4 / 10  # a call draws two batches
 
 
 def test_targets_are_judged_by_the_latest_record_that_has_them() -> None:

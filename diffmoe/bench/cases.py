@@ -19,6 +19,8 @@ SYSTEM_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "baselines" / "configs")
 WORK = ("train", "sample", "forward")
 SMALLER_BATCHES = {"L": 128, "XL": 64, "XXL": 32, "XXXL": 32}
 """Images a training step where the workload's own batch does not fit one 80 GB GPU."""
+SAMPLING_BATCHES = 2
+"""Sampling batches of one call: `sample_images` compiles for no fewer, and draws noise while the device works."""
 NUM_IMAGES = {"cuda": 50_000, "cpu": 256}
 LARGEST = 0
 """As a batch: the largest power of two, times the workload's own, that fits."""
@@ -35,13 +37,18 @@ class Case:
     system: str
     """dense, diffmoe, or the name of another system's YAML file."""
     work: str
-    """train: the whole step. sample: all steps of one sampling batch. forward: one call of the network."""
+    """train: the whole step. sample: all steps of SAMPLING_BATCHES batches. forward: one call of the network."""
     batch: int
-    """Images."""
+    """Images of a step, a sampling batch or a forward."""
     load: str = ""
     """Load of the experts in dynamic inference: `balanced`, or `skewed` as in a record. Empty: not dynamic."""
     implementation: str = "ours"
     """ours, reference-tf32 or reference-bf16."""
+
+    @property
+    def images(self) -> int:
+        """Return the images of a call."""
+        return self.batch * (SAMPLING_BATCHES if self.work == "sample" else 1)
 
     @property
     def name(self) -> str:

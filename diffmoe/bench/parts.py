@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from diffmoe.bench.timing import describe_error, free_memory, time_visit
@@ -26,8 +27,8 @@ from diffmoe.training.graph import EAGER_CALLS
 from diffmoe.training.trainer import Trainer
 
 VISIT_SECONDS = 0.3
-Forward = Callable[[], Tensor | list[Tensor]]
-"""Returns what to go backward from."""
+Forward = Callable[[], Any]
+"""Returns tensors, or a tree of them, to go backward from."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def list_parts(trainer: Trainer) -> list[Part]:
     inputs = _layer_inputs(trainer)
     moe = trainer.model.moe_layers()
     dense = [index for index in range(config.depth) if index not in moe]
-    block = trainer.model.blocks[0]
+    block = trainer.model.blocks[-1]  # the first has no residual yet
     parts = [
         Part("attention", config.depth, *attention_costs(config, batch),
              work=lambda: _alone(block.attn, inputs["attention"])),
@@ -153,7 +154,7 @@ def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
 
     model = trainer.model
     moe = model.moe_layers()
-    watched: dict[str, nn.Module] = {"attention": model.blocks[0].attn, "block": model.blocks[0]}
+    watched: dict[str, nn.Module] = {"attention": model.blocks[-1].attn, "block": model.blocks[-1]}
     dense = [block.ffn for index, block in enumerate(model.blocks) if index not in moe]
     watched |= {"dense": dense[0]} if dense else {}
     watched |= {"moe": next(iter(moe.values()))} if moe else {}
@@ -165,21 +166,20 @@ def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: [value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value for value in inputs]
-            for name, inputs in seen.items()}
+    return pytree.tree_map_only(Tensor, lambda value: value.detach().clone().requires_grad_(), seen)
 
 
-def _alone(module: nn.Module, inputs: list) -> tuple[Forward, list[Tensor]]:
+def _alone(module: nn.Module, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     return lambda: module(inputs[0]), [inputs[0], *module.parameters()]
 
 
-def _without_inner(block: Block, inputs: list) -> tuple[Forward, list[Tensor]]:
+def _without_inner(block: Block, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     bare = copy.deepcopy(block)
     bare.attn, bare.ffn, bare.is_moe = nn.Identity(), nn.Identity(), False
-    return lambda: bare(*inputs)[0], [*inputs[:2], *bare.parameters()]
+    return lambda: bare(*inputs)[0], [*_tensors(inputs), *bare.parameters()]
 
 
-def _routing(layer: MoE, inputs: list) -> tuple[Forward, list[Tensor]]:
+def _routing(layer: MoE, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     def forward() -> list[Tensor]:
         routing = layer.route(inputs[0])
         return [routing.gate_N, *routing.losses.values()]
@@ -187,7 +187,7 @@ def _routing(layer: MoE, inputs: list) -> tuple[Forward, list[Tensor]]:
     return forward, [inputs[0], *layer.router.parameters()]
 
 
-def _experts(layer: MoE, inputs: list) -> tuple[Forward, list[Tensor]]:
+def _experts(layer: MoE, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     with torch.no_grad():
         routing = layer.route(inputs[0])
     x_SD = inputs[0].detach().flatten(0, 1).requires_grad_()
@@ -200,11 +200,11 @@ def _forward_backward(part: Part, trainer: Trainer) -> tuple[Callable[[], Any], 
     forward, leaves = part.work()
     compiled = torch.compile(forward) if trainer.config.runtime.compile else forward
     with _autocast(trainer):
-        gradients = [torch.randn_like(output) for output in _as_list(compiled())]
+        gradients = [torch.randn_like(output) for output in _differentiable(compiled())]
 
     def call() -> None:
         with _autocast(trainer):
-            outputs = _as_list(compiled())
+            outputs = _differentiable(compiled())
         torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)  # never touches `.grad` of the trainer
 
     if not trainer.config.runtime.compile:
@@ -223,8 +223,12 @@ def _forward_backward(part: Part, trainer: Trainer) -> tuple[Callable[[], Any], 
     return graph.replay, "compiled, as a graph"
 
 
-def _as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else [output for output in outputs if output.requires_grad]
+def _differentiable(outputs: Any) -> list[Tensor]:
+    return [output for output in _tensors(outputs) if output.requires_grad]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _autocast(trainer: Trainer) -> torch.autocast:

@@ -60,7 +60,7 @@ class Result:
     @property
     def images_per_second(self) -> float:
         """Return the median's."""
-        return 1e3 * self.case.batch / self.quartiles_ms[1]
+        return 1e3 * self.case.images / self.quartiles_ms[1]
 
     @property
     def flops(self) -> float:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.bench.capacity import drawn_model
-from diffmoe.bench.cases import Case
+from diffmoe.bench.cases import SAMPLING_BATCHES, Case
 from diffmoe.bench.subjects import Shared, network_inputs, training_facts
 from diffmoe.config import ConfigError, ModelConfig, RunConfig
 from diffmoe.convert import to_reference
@@ -185,8 +185,10 @@ class ReferenceSubject:
                     noise, times, labels = self.inputs
                     if self.work == "forward":
                         return self.model(noise, times, labels)
-                    noise = torch.randn_like(noise)
-                    return self.flow.sample(noise, labels, sample_steps=self.config.sampling.num_steps)[-1]
+                    steps = self.config.sampling.num_steps
+                    for _ in range(SAMPLING_BATCHES):
+                        images = self.flow.sample(torch.randn_like(noise), labels, sample_steps=steps)[-1]
+                    return images
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

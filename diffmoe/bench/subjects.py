@@ -15,7 +15,7 @@ from diffmoe.config import ModelConfig, Precision, RunConfig
 from diffmoe.data import ImageData
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, sample_images
 from diffmoe.models.counting import flops_per_call
-from diffmoe.models.dit import DiT
+from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.training.graph import EAGER_CALLS
 from diffmoe.training.trainer import Trainer
 
@@ -99,16 +99,17 @@ def training_facts(model: ModelConfig) -> dict[str, Any]:
 
 
 class Sampling:
-    """`sample_images` on one sampling batch: noise, all steps, capacity meter, pixels on the host."""
+    """`sample_images` on some batches: noise, all steps, capacity meter, pixels on the host."""
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared) -> None:
         self.config = config
-        self.network = compiled(shared.inference_model(case, config), config)
+        self.model = shared.inference_model(case, config)
+        self.num_images = case.images
         self.capacity = 1.0
 
     def call(self) -> object:
-        """Draw a batch."""
-        samples = sample_images(self.network, self.config, range(self.config.sampling.batch_size))
+        """Draw the images."""
+        samples = sample_images(self.model, self.config, range(self.num_images))
         if samples.capacity is not None:
             self.capacity = samples.capacity.mean().item()
         return samples
@@ -118,49 +119,43 @@ class Sampling:
         return contextlib.nullcontext()
 
     def facts(self) -> dict[str, Any]:
-        """Count the calls of the network at the capacity that the last batch had."""
+        """Count the calls of the network at the capacity that the last images had."""
         calls = self.config.sampling.num_steps
         return {"capacity": self.capacity, "flops_per_image": calls * flops_per_call(self.config.model, self.capacity)}
 
 
 class Forward:
-    """One call of the network in eval mode."""
+    """One call of the network in eval mode, compiled as `sample_images` compiles it."""
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared) -> None:
         self.config = config
-        self.model = shared.inference_model(case, config)
-        self.network = compiled(self.model, config)
+        self.network = shared.inference_model(case, config)
+        if config.runtime.compile:
+            self.network = torch.compile(self.network, mode="reduce-overhead", dynamic=False)
         self.inputs = network_inputs(config.model, case.batch, shared.device)
-        self.routings: list = []
 
-    def call(self) -> Tensor:
+    def call(self) -> ModelOutput:
         """Predict for a batch."""
         device = self.inputs[0].device
         bf16 = self.config.training.precision is Precision.BF16
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = self.network(*self.inputs, FIRST_ROW_BOUND)
-        self.routings = output.routings
-        return output.prediction
+            return self.network(*self.inputs, FIRST_ROW_BOUND)
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Return nothing special."""
         return contextlib.nullcontext()
 
     def facts(self) -> dict[str, Any]:
-        """Count one call at the capacity that the last one had."""
+        """Count one call at the capacity that it has."""
         capacity = 1.0
-        if self.routings:
-            pairs = [routing.counts(self.config.model.moe.num_experts).sum().item() for routing in self.routings]
+        routings = self.call().routings
+        if routings:
+            pairs = [routing.counts(self.config.model.moe.num_experts).sum().item() for routing in routings]
             capacity = sum(pairs) / len(pairs) / (len(self.inputs[0]) * self.config.model.num_tokens)
         return {"capacity": capacity, "flops_per_image": flops_per_call(self.config.model, capacity)}
 
 
 OURS = {"train": Training, "sample": Sampling, "forward": Forward}
-
-
-def compiled(model: DiT, config: RunConfig) -> torch.nn.Module:
-    """Return the network as a run with this configuration calls it."""
-    return torch.compile(model) if config.runtime.compile else model
 
 
 def network_inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import ModelConfig, MoEConfig, RouterConfig, require
+from diffmoe.config import ModelConfig, MoEConfig, PoolScope, RouterConfig, require
 from diffmoe.moe.routing import Router, Routing, SeededGenerator
 
 
@@ -40,7 +40,8 @@ class TokenChoice(Router):
         routing = Routing.from_mask(mask_SE, scores_SE, num_rows=chosen_Sk.numel())
         if self.training:
             # sum_e f_e P_e: f_e is E times the share of assignments, P_e the mean score; gradient through P only.
-            share_E = self.num_experts * routing.counts(self.num_experts) / chosen_Sk.numel()
+            counts_E = self.world.sum(routing.counts(self.num_experts))
+            share_E = self.num_experts * counts_E / (chosen_Sk.numel() * self.world.size)
             balance = (share_E * scores_SE.mean(0)).sum()
             routing.losses["balance"] = self.balance_loss_weight * balance
             routing.stats["balance"] = balance.detach()
@@ -53,8 +54,11 @@ class TokenChoice(Router):
 
     @classmethod
     def pool_images(cls, moe: MoEConfig, batch_size: int) -> int:
-        """Return 1: selection is the token's own, and the balance loss is averaged over micro-batches, as is usual."""
-        return 1
+        """Return 1: selection is the token's own, and the balance loss is averaged over micro-batches, as is usual.
+
+        With `pool_scope: global`, the batch: its load is counted whole.
+        """
+        return batch_size if moe.pool_scope is PoolScope.GLOBAL else 1
 
     @classmethod
     def check(cls, model: ModelConfig, moe: MoEConfig) -> None:

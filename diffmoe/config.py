@@ -96,6 +96,20 @@ class Backend(enum.StrEnum):
     GROUPED = "grouped"
 
 
+class PoolScope(enum.StrEnum):
+    """Whose tokens a training batch's selections and statistics span when several processes train."""
+
+    PROCESS = "process"
+    GLOBAL = "global"
+
+
+class Parallel(enum.StrEnum):
+    """How several processes hold one model: each a copy, or each a share of every tensor."""
+
+    DDP = "ddp"
+    FSDP = "fsdp"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Options of one router; each router class extends this as its `Config`."""
@@ -118,6 +132,9 @@ class MoEConfig:
     """MoE in odd blocks only (the paper); false puts it in every block."""
     shared_experts: int = 0
     """Experts that work on every token beside the routed ones."""
+    pool_scope: PoolScope = PoolScope.PROCESS
+    """process: a router sees the images of its own GPU (the paper). global: those of all GPUs, so that their number
+    changes nothing; equal scores go to the earlier token of the batch."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "capacity")
@@ -320,6 +337,8 @@ class RuntimeConfig:
     """torch.compile of the network."""
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
+    parallel: Parallel = field(default=Parallel.DDP, metadata=RUNTIME)
+    """Several processes: a copy of the model each (ddp), or a share of it (fsdp; for L and up)."""
     max_skipped_steps: int = field(default=100, metadata=RUNTIME)
     """Steps of a run that may change nothing because a loss or gradient was not finite; one more stops it. No part of a
     digest: a run that ends is the same at any number."""

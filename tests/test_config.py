@@ -250,7 +250,8 @@ TRAINING_CHANGES = {
     "model.hidden_size": 64, "model.depth": 3, "model.num_heads": 8, "model.input_size": 16, "model.patch_size": 4,
     "model.in_channels": 1, "model.num_classes": 11, "model.mlp_ratio": 2, "model.class_dropout_prob": 0.2,
     "model.learn_sigma": False, "model.moe.num_experts": 8, "model.moe.capacity": 2, "model.moe.interleave": False,
-    "model.moe.shared_experts": 1, f"{ROUTER}.pool": "sample", f"{ROUTER}.pool_images": 2,
+    "model.moe.shared_experts": 1, "model.moe.pool_scope": "global",
+    f"{ROUTER}.pool": "sample", f"{ROUTER}.pool_images": 2,
     f"{ROUTER}.predictor_loss_weight": 0.01, f"{ROUTER}.threshold_decay": 0.9, f"{ROUTER}.threshold_debias": True,
     f"{ROUTER}.gate_normalisation": "sigmoid",
     "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
@@ -267,7 +268,7 @@ INFERENCE_CHANGES = {
     "evaluation.num_samples": 2000, "evaluation.kid_subset_size": 100,
 }
 RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
-                   "runtime.micro_batch_size": 4, "runtime.max_skipped_steps": 0,
+                   "runtime.micro_batch_size": 4, "runtime.max_skipped_steps": 0, "runtime.parallel": "fsdp",
                    "data.path": "images", "data.cache": "cache", "evaluation.extractor_weights": "weights.safetensors"}
 CHANGES = [  # (changed keys, the training digest changes, the inference digest changes)
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),

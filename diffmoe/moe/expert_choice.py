@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffmoe.config import INFERENCE, ModelConfig, MoEConfig, RouterConfig, require
-from diffmoe.moe.routing import Router, Routing, row_count, tokens_an_expert_takes
+from diffmoe.config import INFERENCE, ModelConfig, MoEConfig, PoolScope, RouterConfig, require
+from diffmoe.moe.routing import Router, Routing, largest, row_count, tokens_an_expert_takes
+from diffmoe.training.distributed import ALONE
 
 
 class Pool(enum.StrEnum):
@@ -98,7 +99,7 @@ class ExpertChoice(Router):
         """Select by the training rule in training mode or static inference, else by the predictor."""
         scores_SE = self.scores(x_BTD)
         if self.training:
-            return self._train(x_BTD, scores_SE)
+            return self._train(x_BTD, scores_SE, row_bound)
         if self.options.inference is Inference.STATIC:
             return self._static(scores_SE, self._num_pools(x_BTD))
         return self._dynamic(x_BTD, scores_SE, row_bound)
@@ -144,21 +145,44 @@ class ExpertChoice(Router):
         return Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
                        tokens_per_expert=num_pools * k)
 
-    def _train(self, x_BTD: Tensor, scores_SE: Tensor) -> Routing:
-        num_pools = self._num_pools(x_BTD)
-        routing = self._static(scores_SE, num_pools)
-        if not self.options.predictor:
-            return routing
+    def _train(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
         # Detached input: the predictor's loss cannot reach the backbone.
-        logits_SE = self.predictor(x_BTD.detach().flatten(0, 1))
-        chosen_SE = routing.mask(*scores_SE.shape)
-        bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
-        k = routing.tokens_per_expert // num_pools
-        predicted_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
-        kth_largest_EP = predicted_EPn.topk(k, sorted=False).values.amin(-1).sigmoid()
-        routing.losses["predictor"] = self.options.predictor_loss_weight * bce
-        routing.stats["predictor_bce"] = bce.detach()
-        routing.observed = kth_largest_EP.mean(1)
+        logits_SE = self.predictor(x_BTD.detach().flatten(0, 1)) if self.options.predictor else None
+        if self.pool_scope is PoolScope.GLOBAL and self.options.pool is Pool.BATCH:
+            routing = self._static_of_all(len(x_BTD), scores_SE, logits_SE, row_bound)
+        else:
+            num_pools = self._num_pools(x_BTD)
+            routing = self._static(scores_SE, num_pools)
+            if logits_SE is not None:
+                k = routing.tokens_per_expert // num_pools
+                logits_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
+                routing.observed = _quantile(logits_EPn, k)
+        if logits_SE is not None:
+            chosen_SE = routing.mask(*scores_SE.shape)
+            bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
+            routing.losses["predictor"] = self.options.predictor_loss_weight * bce
+            routing.stats["predictor_bce"] = bce.detach()
+        return routing
+
+    def _static_of_all(self, num_samples: int, scores_SE: Tensor, logits_SE: Tensor | None,
+                       row_bound: float | None) -> Routing:
+        """Take this process's pairs of the pools of all processes, with the quantile of those pools."""
+        pool_images = self.options.pool_images or num_samples * self.world.size
+        world = ALONE if num_samples % pool_images == 0 else self.world  # pools that end here need nobody else
+        seen = scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)
+        num_pools = num_samples * world.size // pool_images
+        seen_EPn = rearrange(world.gather(seen), "(p n) e -> e p n", p=num_pools)
+        k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")
+        taken_EPn, _ = largest(seen_EPn[:self.num_experts], k)
+        taken_SE = rearrange(taken_EPn, "e p n -> (p n) e")
+        taken_SE = taken_SE[world.share(len(taken_SE))]
+        alone = world.size == 1
+        rows = num_pools * k * self.num_experts if alone else row_count(row_bound, *scores_SE.shape)
+        routing = Routing.from_mask(taken_SE, scores_SE, num_rows=rows)
+        if alone:  # equal rows, none too many
+            routing.tokens_per_expert, routing.overflow = num_pools * k, None
+        if logits_SE is not None:
+            routing.observed = _quantile(seen_EPn[self.num_experts:], k)
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
@@ -214,3 +238,8 @@ class ExpertChoice(Router):
             require(batch_size % images == 0, "model.moe.router.pool_images", images,
                     f"make training.batch_size={batch_size} a multiple of it")
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")
+
+
+def _quantile(logits_EPn: Tensor, k: int) -> Tensor:
+    """Return each expert's k-th largest predicted probability, averaged over pools, (E,)."""
+    return logits_EPn.topk(k, sorted=False).values.amin(-1).sigmoid().mean(1)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, RouterConfig, require
+from diffmoe.training.distributed import ALONE, World
 
 SeededGenerator = Callable[[str], torch.Generator]
 """Gives the generator of a named parameter, so that its initial value depends on (seed, name) alone."""
@@ -123,6 +124,9 @@ class Router(nn.Module, abc.ABC):
         self.options = moe.router  # read at each call: inference options may change after training
         self.num_experts = moe.num_experts
         self.capacity = moe.capacity
+        self.pool_scope = moe.pool_scope
+        self.world: World = ALONE
+        """The processes whose tokens a training selection spans; more than this one for `pool_scope: global` alone."""
         self.gate = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
 
     @abc.abstractmethod
@@ -166,6 +170,18 @@ class Router(nn.Module, abc.ABC):
     @classmethod
     def check_batch(cls, model: ModelConfig, moe: MoEConfig, batch_size: int) -> None:
         """Raise ConfigError if this router cannot train on batches of `batch_size` images."""
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k largest entries along the last axis; of equal ones the first.
+
+    Returns:
+        a bool mask with k entries set in each row, and the k-th largest score of each row.
+    """
+    kth = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = scores > kth, scores == kth
+    wanted = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= wanted)), kth.squeeze(-1)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -55,6 +55,23 @@ class World:
         parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, which have as many each, by rank; no gradient flows through."""
+        if self.size == 1:
+            return rows.detach()
+        rows = rows.detach().contiguous()
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
     def least(self, tensor: Tensor) -> Tensor:
         """Return the smallest value of each entry over all processes."""
         if self.size > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.config import EmaBuffers
+from diffmoe.training.parallel import local
 
 
 class Ema:
@@ -36,7 +37,7 @@ class Ema:
         else:
             for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
                 copied.copy_(buffer)
-        values = [value.detach() for value in current]
+        averaged, values = local(averaged), local([value.detach() for value in current])
         if unless is None:
             torch._foreach_lerp_(averaged, values, 1 - decay)
         else:  # a weight that lies on the device

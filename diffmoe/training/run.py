@@ -139,7 +139,8 @@ class _Run:
                     self.objectives.append(trainer.objective)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
-                        if good and time.monotonic() - last_save > SAVE_EVERY_S:
+                        (unsaved_s,) = self.world.largest([time.monotonic() - last_save], self.device)
+                        if good and unsaved_s > SAVE_EVERY_S:
                             self._save()
                             last_save = time.monotonic()
                         heart.beat()
@@ -150,9 +151,9 @@ class _Run:
                 self._save(final=True)
                 self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
                 raise Interrupted(signals.received)
-            description = self._describe()
+            description, average = self._describe(), self.trainer.average()
             if self.world.is_main:
-                self._finish(description)
+                self._finish(average, description)
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)
@@ -232,6 +233,7 @@ class _Run:
 
     def _save(self, *, final: bool = False) -> None:
         """Write a checkpoint, after the log lines up to its step; `final`: or stop with one line."""
+        state = self.trainer.state()  # every process gives its share
         if not self.world.is_main:
             return
         error = self._sync_logs()
@@ -240,17 +242,17 @@ class _Run:
                               "goes on from the last checkpoint")
         save = self.checkpoints.save_now if final else self.checkpoints.save
         if error is None:
-            save(self.trainer.state(), self._describe())
+            save(state, self._describe())
 
     def _sync_logs(self) -> OSError | None:
         return self.losses.flush(sync=True) or self.events.flush(sync=True)
 
-    def _finish(self, description: dict[str, Any]) -> None:
+    def _finish(self, average: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Write the averaged network in place of the checkpoints."""
         try:
             if error := self._sync_logs():
                 raise error
-            save_weights(self.folder / "ema.safetensors", self.trainer.ema.model.state_dict(), description)
+            save_weights(self.folder / "ema.safetensors", average, description)
         except OSError as error:
             raise ConfigError(f"{self.folder}: the trained weights cannot be written ({reason(error)}); make room, and "
                               "the same command goes on from the last checkpoint") from None

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from diffmoe.config import ConfigError, Precision, RunConfig, require, resolve_router
+from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageData, ImageOrder
 from diffmoe.data.images import seeded_generator, to_model_range
 from diffmoe.diffusion import build_process
@@ -22,6 +21,10 @@ from diffmoe.models.dit import ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import GraphedGradients
+from diffmoe.training.parallel import distribute, gathered, local, shared_out
+
+FIRST_ROW_BOUND = 1.25
+"""Rows that a GPU lays out, of its even share, where other processes' tokens decide how many pairs are its own."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,8 @@ class Trainer:
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
-        network = torch.compile(self.model) if config.runtime.compile else self.model
-        self.network = network if world.size == 1 else DistributedDataParallel(network, broadcast_buffers=False)
         self.ema = Ema(self.model, config.training.ema_buffers)
+        self.network = distribute(self.model, [self.ema.model], config, world, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             fused=device.type == "cuda")
@@ -80,6 +82,9 @@ class Trainer:
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
         self.step = 0
+        self.row_bound: float | None = None  # rows are as many as pairs
+        if world.size > 1 and device.type == "cuda" and _is_global(config):
+            self.row_bound = FIRST_ROW_BOUND * config.model.moe.capacity
         self.objective = torch.zeros((), device=device)
         """Sum of the last step's losses, mean over processes; not finite when the step changed nothing."""
         layers = self.model.moe_layers()
@@ -109,7 +114,7 @@ class Trainer:
         seen: list[ModelOutput] = []
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            seen.append(self.network(x, t, batch.labels))
+            seen.append(self.network(x, t, batch.labels, self.row_bound))
             return seen[0].prediction.to(self.dtype)
 
         bf16 = self.config.training.precision is Precision.BF16
@@ -124,8 +129,8 @@ class Trainer:
         """
         training = self.config.training
         batch = self.batch(self.step).rows(self.world.share(training.batch_size))
-        losses, (objective, *observed) = self.gradients(batch.images, batch.labels, batch.noise, batch.times)
-        self.objective, *observed = self.world.mean([objective, *observed])
+        losses, (self.objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
+                                                                          batch.times)
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
         for group in self.optimizer.param_groups:
@@ -153,6 +158,18 @@ class Trainer:
                 buffer.copy_(torch.where(broken, old, buffer))
         self.ema.update(self.model, self.config.training.ema_decay, unless=broken if on_device else None)
 
+    def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""
+        losses, observed = self.gradients(*inputs)
+        observed = self.world.mean(observed)
+        if self.row_bound is None:
+            return losses, observed
+        *observed, overflow = observed
+        if overflow > 0:  # one wait for the device a step, where counting rows would be one a layer
+            self.row_bound *= 2
+            return self._gradients_of_all_pairs(*inputs)
+        return losses, observed
+
     def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Set the gradients of a batch (its four tensors).
 
@@ -171,23 +188,35 @@ class Trainer:
             (sum(losses.values()) / num_parts).backward()
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
+            if self.row_bound is not None:
+                overflows = [routing.overflow for routing in output.routings if routing.overflow is not None]
+                seen.append(sum(overflows, torch.zeros((), device=self.device)))
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
         self.idle_LE.add_(1).mul_(counts_LE == 0)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        finite = torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
+        gradients = local([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
+        held = [gradient for gradient in gradients if gradient.numel()]  # a share may be empty
+        finite = torch.stack(torch._foreach_norm(held, math.inf)).isfinite().all()
         return total, [sum(total.values()).masked_fill(~finite, math.nan), *observed]
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser."""
+        """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser.
+
+        Every process must call it. The names and shapes are the same at any number of processes; FSDP gathers them in
+        host memory of the main process, and other processes get nothing.
+        """
         moments = self.optimizer.state_dict()["state"]
         named = {f"optimizer.{index}.{name}": torch.as_tensor(value)
                  for index, values in moments.items() for name, value in values.items()}
         named["idle.experts"] = self.idle_LE
         models = {"model": self.model, "ema": self.ema.model}
-        return named | {f"{key}.{name}": value for key, model in models.items()
-                        for name, value in model.state_dict().items()}
+        return gathered(named | {f"{key}.{name}": value for key, model in models.items()
+                                 for name, value in model.state_dict().items()}, self.world)
+
+    def average(self) -> dict[str, Tensor]:
+        """Return the averaged network's weights, as `state` does."""
+        return gathered(self.ema.model.state_dict(), self.world)
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Go on from what `state` returned after `step` steps.
@@ -200,13 +229,16 @@ class Trainer:
             for name, value in state.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
-            self.model.load_state_dict(parts["model"])
-            self.ema.model.load_state_dict(parts["ema"])
+            for key, model in (("model", self.model), ("ema", self.ema.model)):
+                now = model.state_dict()
+                model.load_state_dict({name: shared_out(value, now[name]) for name, value in parts[key].items()})
             self.idle_LE.copy_(parts["idle"]["experts"])
+            parameters = list(self.model.parameters())
             moments: dict[int, dict[str, Tensor]] = {}
             for name, value in parts["optimizer"].items():
                 index, _, moment = name.partition(".")
-                moments.setdefault(int(index), {})[moment] = value
+                shared = value if moment == "step" else shared_out(value, parameters[int(index)])
+                moments.setdefault(int(index), {})[moment] = shared
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         except (KeyError, ValueError, RuntimeError) as error:
             raise ConfigError(f"the state of step {step} is of another version of this program ({error})") from None
@@ -232,10 +264,16 @@ def micro_batch_size(config: RunConfig, world: World) -> int:
             f"make it a divisor of the {local} images that a process has of a batch")
     if config.model.moe is not None:
         pool = resolve_router(config.model.moe.router.kind).pool_images(config.model.moe, batch)
-        require(micro % pool == 0, "runtime.micro_batch_size", micro,
+        together = batch if _is_global(config) and micro == local else micro
+        require(together % pool == 0, "runtime.micro_batch_size", micro,
                 f"the router's pool spans {pool} images, which smaller micro-batches would cut: use a multiple of "
-                f"{pool}, or make a smaller pool (model.moe.router.pool_images) part of the method")
+                f"{pool}, or make a smaller pool (model.moe.router.pool_images) part of the method; on several GPUs "
+                "model.moe.pool_scope=global spans them")
     return micro
+
+
+def _is_global(config: RunConfig) -> bool:
+    return config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL
 
 
 def _add(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:

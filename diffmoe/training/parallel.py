@@ -1,0 +1,95 @@
+"""One model on several processes: a copy each (DDP), or a share of every tensor each (FSDP2).
+
+Gradients are averaged over processes either way. Buffers (thresholds) stay whole and belong to the trainer: no wrapper
+sends them around. FSDP shares out weights, gradients, moments and averages, block by block; a state in full is the same
+names and shapes at any number of processes, so that a checkpoint of eight loads in one, and back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.export import register_dataclass
+from torch.nn.parallel import DistributedDataParallel
+
+from diffmoe.config import Parallel, PoolScope, Precision, RunConfig
+from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.moe.routing import Routing
+from diffmoe.training.distributed import World
+
+for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see the tensors in them and loses gradients
+    register_dataclass(output)
+
+
+def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: World, device: torch.device) -> nn.Module:
+    """Make `model` train together with those of the other processes; return the network to call.
+
+    Under FSDP its parameters are replaced by their shares, as are those of the averages, copies of it made before.
+    An optimiser is made afterwards.
+    """
+    if config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL:
+        for layer in model.moe_layers().values():
+            layer.router.world = world
+    if world.size > 1 and config.runtime.parallel is Parallel.FSDP:
+        if config.runtime.compile:
+            for block in model.blocks:
+                block.compile()
+        mesh = init_device_mesh(device.type, (world.size,))
+        for sharded in (model, *averages):
+            _shard(sharded, mesh, config.training.precision)
+        return model
+    network = torch.compile(model) if config.runtime.compile else model
+    if world.size == 1:
+        return network
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
+        return DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
+    """Shard block by block; in bf16 blocks travel as autocast would cast them, routers and embeddings as they are."""
+    # Pairs are views of scores; nobody writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream keeps its precision, too
+    cast = whole
+    if precision is Precision.BF16:
+        cast = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        if block.is_moe:
+            fully_shard(block.ffn.router, mesh=mesh, mp_policy=whole)
+        fully_shard(block, mesh=mesh, mp_policy=cast)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return what this process holds of each tensor, in the same memory: enough for work entry by entry."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def gathered(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Collect a state in full on the main process, tensor by tensor into host memory; every process must call it.
+
+    Returns:
+        the state; in other processes, and only if anything was shared out, nothing.
+    """
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return dict(state)
+    full: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            full[name] = value.detach().cpu()
+    return full
+
+
+def shared_out(full: Tensor, like: Tensor) -> Tensor:
+    """Return `full` shared out as `like` is; every process has it in full, and nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    full = full.to(like.device, like.dtype)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe.config import ModelConfig, MoEConfig, PoolScope, require
+from diffmoe.config import ModelConfig, MoEConfig, require
 from diffmoe.moe.routing import Router, Routing, largest, row_count
 
 THRESHOLD_DECAY = 0.95
@@ -30,17 +30,7 @@ class ExpertRace(Router):
         if not self.training:
             rows = row_count(row_bound, *scores_SE.shape)
             return Routing.from_mask(scores_SE > self.threshold, scores_SE, num_rows=rows)
-        if self.pool_scope is PoolScope.GLOBAL:
-            return self._race_of_all(scores_SE, row_bound)
-        num_pairs = int(scores_SE.shape[0] * self.capacity)
-        best = scores_SE.detach().flatten().topk(num_pairs, sorted=False)
-        mask = torch.zeros(scores_SE.numel(), dtype=torch.bool, device=scores_SE.device)
-        mask_SE = mask.scatter_(0, best.indices, True).view_as(scores_SE)
-        return Routing.from_mask(mask_SE, scores_SE, num_rows=num_pairs, observed=best.values.amin()[None])
-
-    def _race_of_all(self, scores_SE: Tensor, row_bound: float | None) -> Routing:
-        """Take this process's pairs of the best of all processes."""
-        everywhere_SE = self.world.gather(scores_SE)
+        everywhere_SE = self.world.gather(scores_SE)  # of this process alone, unless `pool_scope: global`
         num_pairs = int(len(everywhere_SE) * self.capacity)
         mask, last_score = largest(everywhere_SE.flatten(), num_pairs)
         mask_SE = mask.view_as(everywhere_SE)[self.world.share(len(everywhere_SE))]

@@ -119,10 +119,10 @@ def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: i
     run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, save_every_s, HANG_S
     finish_run = run._Run._finish
 
-    def finish_and_show_the_state(under_way: run._Run, description: dict) -> None:
+    def finish_and_show_the_state(under_way: run._Run, average: dict, description: dict) -> None:
         with suppress(OSError):  # of a full disk: the run itself is to say so
             save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
-        finish_run(under_way, description)
+        finish_run(under_way, average, description)
 
     run._Run._finish = finish_and_show_the_state
 

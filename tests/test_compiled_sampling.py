@@ -9,7 +9,8 @@ from diffmoe.evaluation import sampling
 from diffmoe.models.dit import build_model
 
 
-@pytest.mark.parametrize("system", ["dense", "diffmoe", "token_choice"])
+@pytest.mark.parametrize("system", [
+    "diffmoe", *(pytest.param(system, marks=pytest.mark.slow) for system in ("dense", "token_choice"))])
 def test_compiled_sampling_gives_the_same_images_and_capacity(system, monkeypatch):
     compile_model, options = torch.compile, []
 

@@ -22,9 +22,11 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and is no part of itself")
-def test_every_kernel_equals_plain_arithmetic_in_tritons_interpreter():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, check=False)
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_kernel_equals_plain_arithmetic_in_tritons_interpreter(chosen):
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True,
+                         check=False)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
 
 
@@ -111,6 +113,7 @@ def measure_model(router, kernels, monkeypatch):
     return [output.prediction, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.slow
 @on_device
 @pytest.mark.parametrize("router", [None, "diffmoe", "tc"])
 def test_a_model_with_every_kernel_equals_one_with_none(router, monkeypatch):

@@ -55,12 +55,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number):
-    config = tmp_path / "run"
-    arguments = [sys.executable, "-m", "diffmoe.train", "--out", config, "training.batch_size=16",
+    folder = tmp_path / "run"
+    log = folder / "losses.jsonl"
+    arguments = [sys.executable, "-m", "diffmoe.train", "--out", folder, "training.batch_size=16",
                  "training.num_images=6400000"]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (config / "losses.jsonl").exists():
+    while time.monotonic() < deadline and not (log.exists() and log.read_text()):  # it trains
         time.sleep(0.1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

@@ -38,7 +38,7 @@ class ConfigError(ValueError):
     """Input that cannot be used; the message is one line that names the key, the value and the remedy."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(str(message).split())
+        line = " ".join(str(message).split()).encode(errors="backslashreplace").decode()  # can be printed anywhere
         half = MAX_MESSAGE // 2
         super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:half]} ... {line[-half:]}")
 

@@ -67,7 +67,7 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors.splitlines()[-1] == "stopped, with the state saved; the same command goes on"
-    assert newest(config)["step"] >= 1
+    assert newest(folder)["step"] >= 1
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_forgets_later_log_lines(tmp_path):

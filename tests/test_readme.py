@@ -37,6 +37,7 @@ ENTRIES = {  # the beginning of a command -> what makes it tiny; the longest beg
     PYTHON + "evaluate --weights": MEASURING,
     PYTHON + "evaluate --run": MEASURING,
     PYTHON + "verify": "",
+    ".venv/bin/python -m ablations.sweep": "--dry-run --out {tmp}/ablations",
     PYTHON + "reproduce": "--dry-run --out {tmp}/table",
 }
 

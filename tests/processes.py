@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -112,6 +113,7 @@ def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: i
     """Be such a process."""
     errors = os.open(_errors(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which tests may be, ignores it
     torch.set_num_threads(1)
     if rank is not None:
         os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",

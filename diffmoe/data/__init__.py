@@ -1,6 +1,6 @@
-"""Training images, held as uint8 and served in an order that depends on the seed alone."""
+"""Training images or latents, served in an order that depends on the seed alone."""
 
-from diffmoe.data.images import ImageData, ImageOrder
+from diffmoe.data.images import ImageData, ImageOrder, TrainingData
 from diffmoe.data.sources import load_data
 
-__all__ = ["ImageData", "ImageOrder", "load_data"]
+__all__ = ["ImageData", "ImageOrder", "TrainingData", "load_data"]

@@ -11,23 +11,32 @@ Conversions are PIL's, with these rules where PIL leaves a choice:
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffmoe.config import ConfigError, ModelConfig, require
+from diffmoe.config import ConfigError, require
 
 MODES = {1: "L", 3: "RGB"}
 
 
-def require_image_channels(model: ModelConfig) -> None:
+class ImageShape(Protocol):
+    """What images are made for: a ModelConfig, or anything else of a size."""
+
+    in_channels: int
+    input_size: int
+
+
+def require_image_channels(model: ImageShape) -> None:
     """Raise ConfigError unless the model takes grey or RGB images."""
     require(model.in_channels in MODES, "model.in_channels", model.in_channels,
             "images have 1 channel (grey) or 3 (RGB)")
 
 
-def convert_image(image: Image.Image, model: ModelConfig, *, resize: bool, source: object) -> np.ndarray:
+def convert_image(image: Image.Image, model: ImageShape, *, resize: bool, source: object) -> np.ndarray:
     """Return the pixels that `model` takes, uint8 (C, H, W).
 
     Args:
@@ -53,7 +62,7 @@ def convert_image(image: Image.Image, model: ModelConfig, *, resize: bool, sourc
     return np.asarray(image).reshape(size, size, model.in_channels).transpose(2, 0, 1)
 
 
-def convert_arrays(images: np.ndarray, model: ModelConfig, *, resize: bool, source: object) -> Tensor:
+def convert_arrays(images: np.ndarray, model: ImageShape, *, resize: bool, source: object) -> Tensor:
     """Return uint8 (N, H, W) grey or (N, H, W, 3) RGB images as `model` takes them, (N, C, H, W).
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffmoe.config import ConfigError, DataConfig, ModelConfig, require
-from diffmoe.data.conversion import convert_image, require_image_channels
+from diffmoe.data.conversion import ImageShape, convert_image, require_image_channels
 from diffmoe.data.images import ImageData
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -65,7 +65,7 @@ def find_classes(root: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def decode_images(paths: list[Path], model: ModelConfig, *, resize: bool) -> np.ndarray:
+def decode_images(paths: list[Path], model: ImageShape, *, resize: bool) -> np.ndarray:
     """Decode the files in order, uint8 (N, C, H, W); threads share the work, which changes nothing in the result.
 
     Raises:
@@ -80,7 +80,7 @@ def decode_images(paths: list[Path], model: ModelConfig, *, resize: bool) -> np.
 
     def decode_chunk(start: int) -> None:
         for index in range(start, min(start + CHUNK, len(paths))):
-            images[index] = _decode(paths[index], model, resize)
+            images[index] = decode_image(paths[index], model, resize=resize)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -89,7 +89,12 @@ def decode_images(paths: list[Path], model: ModelConfig, *, resize: bool) -> np.
     return images
 
 
-def _decode(path: Path, model: ModelConfig, resize: bool) -> np.ndarray:
+def decode_image(path: Path, model: ImageShape, *, resize: bool) -> np.ndarray:
+    """Decode one file, uint8 (C, H, W).
+
+    Raises:
+        ConfigError: when it cannot be used, naming it.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
             return convert_image(image, model, resize=resize, source=path)

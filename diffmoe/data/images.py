@@ -1,18 +1,53 @@
-"""Images in memory and the order in which training sees them."""
+"""What training draws from: images in memory, and the order in which they are seen."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 
+class TrainingData(Protocol):
+    """Labelled images or latents of one size."""
+
+    name: str
+    labels: Tensor
+    """int64 (N,)."""
+    num_classes: int
+
+    @property
+    def digest(self) -> str:
+        """Return 12 hex digits that name the content."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W)."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same data with what is drawn, and the labels, on `device`."""
+
+    def draw(self, index: Tensor, rows: slice, *, flip: bool, generator: torch.Generator) -> Tensor:
+        """Return inputs of the model, float32 (b, C, H, W), for `rows` of the batch `index` (int64 (B,), on the CPU).
+
+        The generator is moved on by the whole batch, so that a row does not depend on the rows drawn beside it.
+
+        Args:
+            flip: mirror half of them at random.
+        """
+
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to read the rows `index` (int64 (b,)), which the next `draw` will want."""
+
+
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images of one size."""
+    """Labelled images of one size, held in memory."""
 
     name: str
     images: Tensor
@@ -29,9 +64,28 @@ class ImageData:
             content.update(tensor.cpu().contiguous().numpy().tobytes())
         return content.hexdigest()[:12]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
     def to(self, device: torch.device) -> ImageData:
         """Return the same images on `device`."""
         return ImageData(self.name, self.images.to(device), self.labels.to(device), self.num_classes)
+
+    def draw(self, index: Tensor, rows: slice, *, flip: bool, generator: torch.Generator) -> Tensor:
+        """Return images in [-1, 1], as `TrainingData.draw` says."""
+        images = to_model_range(self.images[index[rows].to(self.images.device)])
+        if not flip:
+            return images
+        flipped = draw_flips(len(index), generator)[rows]
+        return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+    def prefetch(self, index: Tensor) -> None:
+        """Do nothing: the images are there."""
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -42,6 +96,11 @@ def to_model_range(images: Tensor) -> Tensor:
 def to_pixels(images: Tensor) -> Tensor:
     """Map [-1, 1] to uint8, clipping and rounding."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_flips(count: int, generator: torch.Generator) -> Tensor:
+    """Draw which of `count` images are mirrored: bool (count,), each with probability 1/2."""
+    return torch.rand(count, generator=generator, device=generator.device) < 0.5
 
 
 class ImageOrder:

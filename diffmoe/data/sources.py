@@ -16,11 +16,12 @@ from diffmoe.config import ConfigError, DataConfig, ModelConfig, require
 from diffmoe.data.conversion import convert_arrays, require_image_channels
 from diffmoe.data.folder import load_folder
 from diffmoe.data.idx import load_idx
-from diffmoe.data.images import ImageData
+from diffmoe.data.images import ImageData, TrainingData
+from diffmoe.data.latent_data import load_latents
 
 
-def load_data(config: DataConfig, model: ModelConfig) -> ImageData:
-    """Load the images that `config` names and check that `model` fits them.
+def load_data(config: DataConfig, model: ModelConfig) -> TrainingData:
+    """Load the images or latents that `config` names and check that `model` fits them.
 
     Raises:
         ConfigError: for an unknown name, images that cannot be read, or a model of another image size, channels or
@@ -29,7 +30,7 @@ def load_data(config: DataConfig, model: ModelConfig) -> ImageData:
     if config.name not in SOURCES:
         raise ConfigError(f"data.name={config.name}: use one of {', '.join(SOURCES)}")
     data = SOURCES[config.name](config, model)
-    _, channels, height, width = data.images.shape
+    channels, height, width = data.shape
     want = (model.in_channels, model.input_size, model.input_size, model.num_classes)
     if (channels, height, width, data.num_classes) != want:
         raise ConfigError(f"data.name={config.name}: {channels}x{height}x{width} images of {data.num_classes} classes; "
@@ -95,5 +96,6 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffmoe"
 
 
-SOURCES: dict[str, Callable[[DataConfig, ModelConfig], ImageData]] = {
-    "digits": load_digits, "cifar10": load_cifar10, "idx": load_idx, "folder": load_folder}
+SOURCES: dict[str, Callable[[DataConfig, ModelConfig], TrainingData]] = {
+    "digits": load_digits, "cifar10": load_cifar10, "idx": load_idx, "folder": load_folder,
+    "latents": lambda config, model: load_latents(config)}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require, resolve_router
-from diffmoe.data import ImageData, ImageOrder
-from diffmoe.data.images import seeded_generator, to_model_range
+from diffmoe.data import ImageOrder, TrainingData
+from diffmoe.data.images import seeded_generator
 from diffmoe.diffusion import build_process
 from diffmoe.models.dit import ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
@@ -51,7 +51,7 @@ class Trainer:
     Args:
         config: the run.
         seed: of the initial weights, the order of images and every draw.
-        data: the images; moved to `device` whole.
+        data: what is trained on.
         device: where to train.
         world: this process among all that train together.
 
@@ -59,7 +59,7 @@ class Trainer:
         ConfigError: when the batch does not divide over processes and micro-batches, or a pool would be cut.
     """
 
-    def __init__(self, config: RunConfig, seed: int, data: ImageData, device: torch.device,
+    def __init__(self, config: RunConfig, seed: int, data: TrainingData, device: torch.device,
                  world: World = ALONE) -> None:
         self.config = config
         self.seed = seed
@@ -67,7 +67,7 @@ class Trainer:
         self.world = world
         self.micro_batch = micro_batch_size(config, world)
         self.data = data.to(device)
-        self.order = ImageOrder(len(data.images), seed)
+        self.order = ImageOrder(len(data), seed)
         self.process = build_process(config.diffusion)
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
@@ -92,22 +92,20 @@ class Trainer:
                                    device=device)
         """Steps since each expert last had a token of this process."""
 
-    def batch(self, step: int) -> Batch:
-        """Draw the inputs of optimiser step `step` (from 0), of all processes together."""
-        training, model = self.config.training, self.config.model
-        index = self.order.indices(step * training.batch_size, training.batch_size).to(self.device)
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Draw the inputs of optimiser step `step` (from 0), of all processes together or only some rows of them."""
+        size, model = self.config.training.batch_size, self.config.model
+        index = self.order.indices(step * size, size)
         generator = seeded_generator("step", self.seed, step, device=self.device)
-        images = to_model_range(self.data.images[index])
-        noise = torch.randn(images.shape, generator=generator, device=self.device)
-        times = self.process.sample_times(len(images), generator=generator, device=self.device)
-        labels = self.data.labels[index]
+        noise = torch.randn(size, *self.data.shape, generator=generator, device=self.device)
+        times = self.process.sample_times(size, generator=generator, device=self.device)
+        labels = self.data.labels[index.to(self.device)]
         if model.null_label is not None:
             dropped = torch.rand(labels.shape, generator=generator, device=self.device) < model.class_dropout_prob
             labels = torch.where(dropped, model.null_label, labels)
-        if self.config.data.horizontal_flip:
-            flipped = torch.rand(labels.shape, generator=generator, device=self.device) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return Batch(images.to(self.dtype), labels, noise.to(self.dtype), times)
+        images = self.data.draw(index, rows, flip=self.config.data.horizontal_flip, generator=generator)
+        self.data.prefetch(self.order.indices((step + 1) * size, size)[rows])
+        return Batch(images.to(self.dtype), labels[rows], noise[rows].to(self.dtype), times[rows])
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], ModelOutput]:
         """Return the named scalar losses whose sum is minimised, and the network's output."""
@@ -128,7 +126,7 @@ class Trainer:
         A loss or gradient that is not finite changes nothing: no weight, average, threshold or optimiser state.
         """
         training = self.config.training
-        batch = self.batch(self.step).rows(self.world.share(training.batch_size))
+        batch = self.batch(self.step, self.world.share(training.batch_size))
         losses, (self.objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
                                                                           batch.times)
         if training.clip_norm is not None:

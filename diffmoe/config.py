@@ -57,10 +57,11 @@ class ProcessKind(enum.StrEnum):
 
 
 class Sampler(enum.StrEnum):
-    """The integrator: Euler and Heun for rectified flow, DDIM and ancestral for DDPM."""
+    """The integrator: Euler, Heun and dopri5 (adaptive) for rectified flow, DDIM and ancestral for DDPM."""
 
     EULER = "euler"
     HEUN = "heun"
+    DOPRI5 = "dopri5"
     DDIM = "ddim"
     ANCESTRAL = "ancestral"
 
@@ -219,18 +220,21 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The training images, held in memory. Where they lie is no part of a digest: the data's own digest names them."""
+    """The training images or latents. Where they lie is no part of a digest: the data's own digest names them."""
 
     name: str
     """`digits`: scikit-learn's handwritten digits. `cifar10`: from `path`, or downloaded. `folder`: an image folder.
-    `idx`: MNIST's or Fashion-MNIST's files."""
+    `idx`: MNIST's or Fashion-MNIST's files. `latents`: what `python -m diffmoe.data.latents` wrote."""
     path: str | None = field(default=None, metadata=PLACE)
     """Folder of the data. cifar10 and folder: one folder of images a class. idx: train-images-idx3-ubyte(.gz) and
-    train-labels-idx1-ubyte(.gz). null: cifar10 is downloaded."""
+    train-labels-idx1-ubyte(.gz). latents: their folder. null: cifar10 is downloaded."""
     cache: str | None = field(default=None, metadata=PLACE)
     """Folder of downloads; null: $XDG_CACHE_HOME/diffmoe or ~/.cache/diffmoe."""
     horizontal_flip: bool = False
     """Mirror half of the training images at random, anew each epoch; the reference set stays as it is."""
+    vae: str | None = field(default=None, metadata=PLACE)
+    """The autoencoder that decodes samples of latents, a folder or a name on the hub; it must be the one that encoded
+    them. null: the one that the latents' manifest names."""
     resize: bool = False
     """Scale and crop images of another size than model.input_size (ADM's centre crop) instead of refusing them."""
 
@@ -253,6 +257,8 @@ class TrainingConfig:
     """Largest norm of the backbone's gradient; predictors are neither counted nor scaled."""
     ema_half_life_images: float = 1_774_357.0
     """Half-life of the weight average in images. Default: 0.9999 a step of 256 images, 256 ln 2 / -ln 0.9999."""
+    extra_ema_half_lives: tuple[float, ...] = ()
+    """Half-lives, in images, of further averages that are kept, so that one can be chosen after the run."""
     ema_buffers: EmaBuffers = EmaBuffers.COPY
     """`average` is the authors' rule: it pulls thresholds towards the zero that they start from."""
     precision: Precision = Precision.FP32
@@ -260,6 +266,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")
+        lives = (self.ema_half_life_images, *self.extra_ema_half_lives)
+        require(len(set(lives)) == len(lives) and all(math.isfinite(life) and life > 0 for life in lives),
+                "training.extra_ema_half_lives", list(self.extra_ema_half_lives),
+                f"use positive numbers, each once and other than ema_half_life_images={self.ema_half_life_images:g}")
         require(self.num_images % self.batch_size == 0, "training.num_images", self.num_images,
                 f"make it a multiple of batch_size={self.batch_size}")
         require_not_negative(self, "warmup_images", "weight_decay")
@@ -274,7 +284,11 @@ class TrainingConfig:
     @property
     def ema_decay(self) -> float:
         """Decay a step that halves a weight's share every `ema_half_life_images`."""
-        return 0.5 ** (self.batch_size / self.ema_half_life_images)
+        return self.decay_of(self.ema_half_life_images)
+
+    def decay_of(self, half_life_images: float) -> float:
+        """Decay a step that halves a weight's share every `half_life_images`."""
+        return 0.5 ** (self.batch_size / half_life_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +298,7 @@ class SamplingConfig:
     sampler: Sampler = field(default=Sampler.EULER, metadata=INFERENCE)
     """The integrator; it must belong to the process."""
     num_steps: int = field(default=50, metadata=INFERENCE)
-    """Integrator steps (Heun calls the network twice a step)."""
+    """Integrator steps (Heun calls the network twice a step; dopri5 chooses its own)."""
     batch_size: int = field(default=100, metadata=INFERENCE)
     """Images a sampling batch: part of the method for `selection: gate`, whose pool it is."""
     guidance_scale: float = field(default=1.0, metadata=INFERENCE)
@@ -316,6 +330,10 @@ class EvaluationConfig:
     """Images drawn, seeds 0 to num_samples - 1."""
     kid_subset_size: int = field(default=1000, metadata=INFERENCE)
     """Images of one kernel-distance subset; at most num_samples."""
+    ema_half_life_images: float | None = field(default=None, metadata=INFERENCE)
+    """Which average is sampled: one of training.extra_ema_half_lives; null: that of training.ema_half_life_images."""
+    reference: str | None = field(default=None, metadata=PLACE)
+    """File in ADM's format (.npz of images, statistics, or both) to compare with; null: the training images."""
     extractor_weights: str | None = field(default=None, metadata=PLACE)
     """File of the extractor's weights where they cannot be downloaded."""
 
@@ -362,7 +380,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        samplers = {ProcessKind.FLOW: (Sampler.EULER, Sampler.HEUN),
+        samplers = {ProcessKind.FLOW: (Sampler.EULER, Sampler.HEUN, Sampler.DOPRI5),
                     ProcessKind.DDPM: (Sampler.DDIM, Sampler.ANCESTRAL)}[self.diffusion.process]
         require(self.sampling.sampler in samplers, "sampling.sampler", self.sampling.sampler.value,
                 f"with process {self.diffusion.process} use one of {', '.join(samplers)}")
@@ -372,6 +390,9 @@ class RunConfig:
                 self.sampling.guidance_scale, "guidance needs a null label: set model.class_dropout_prob above 0")
         require((self.sampling.guided_channels or 1) <= self.model.in_channels, "sampling.guided_channels",
                 self.sampling.guided_channels, f"the image has {self.model.in_channels} channels; null guides all")
+        half_life, kept = self.evaluation.ema_half_life_images, self.training.extra_ema_half_lives
+        require(half_life is None or half_life in kept, "evaluation.ema_half_life_images", half_life,
+                f"training.extra_ema_half_lives={list(kept)} are kept; null takes training.ema_half_life_images")
         if self.model.moe is not None:
             resolve_router(self.model.moe.router.kind).check_batch(self.model, self.model.moe, self.training.batch_size)
 
@@ -465,6 +486,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     def simplify(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: simplify(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return list(value)
         return value.value if isinstance(value, enum.Enum) else value
 
     return simplify(plain)
@@ -556,6 +579,7 @@ def digest(config: Any, *, scope: str = "inference") -> str:
             value = value.value if isinstance(value, enum.Enum) else value
             value = section if spec.name == "kind" else value
             default = spec.default.value if isinstance(spec.default, enum.Enum) else spec.default
+            value, default = (list(item) if isinstance(item, tuple) else item for item in (value, default))
             if value != frozen.get(section, {}).get(spec.name, default):
                 content[_join(path, spec.name)] = float(value) if type(value) is int else value
 
@@ -592,6 +616,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r}: write a list, [1, 2]")
+        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path)
     if issubclass(hint, enum.Enum):

@@ -22,7 +22,7 @@ import yaml
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData, load_data
-from diffmoe.evaluation.grid import IMAGES_A_CLASS, save_class_grid
+from diffmoe.evaluation.grid import grid_seeds, save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.records import peak_memory_bytes
@@ -58,7 +58,7 @@ def train(config: RunConfig, seed: int, name: str, folder: Path, track: str | No
         if not world.is_main:
             return
     started = time.perf_counter()
-    samples = sample_images(run.load_average(config, device), config, range(IMAGES_A_CLASS * config.model.num_classes))
+    samples = sample_images(run.load_average(config, device), config, grid_seeds(config.model.num_classes))
     save_class_grid(folder / "samples.png", samples.images, samples.labels)
     capacity = "" if samples.capacity is None else f", capacity {samples.capacity.mean().item():.3f}"
     print(f"{name} seed {seed}: trained {run.description['seconds']:.0f} s, sampled {len(samples.images)} images in "

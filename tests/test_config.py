@@ -64,6 +64,11 @@ MISTAKES = {
     "weight decay not a number": ({"training.weight_decay": NAN}, ("training.weight_decay", "nan")),
     "guidance not a number": ({"sampling.guidance_scale": NAN}, ("sampling.guidance_scale", "nan")),
     "eta above one": ({"sampling.ddim_eta": 2.0}, ("sampling.ddim_eta", "2.0")),
+    "average that is not kept": ({"evaluation.ema_half_life_images": 500}, ("evaluation.ema_half_life_images", "500")),
+    "average kept twice": ({"training.extra_ema_half_lives": [5, 5.0]}, ("training.extra_ema_half_lives", "5.0")),
+    "average of no half-life": ({"training.extra_ema_half_lives": [0]}, ("training.extra_ema_half_lives", "0")),
+    "number for a list": ({"training.extra_ema_half_lives": 5}, ("training.extra_ema_half_lives", "5", "list")),
+    "text in a list": ({"training.extra_ema_half_lives": ["a"]}, ("training.extra_ema_half_lives", "'a'")),
     "clip at zero": ({"training.clip_norm": 0}, ("training.clip_norm", "0", "null")),
     "negative warm-up": ({"training.warmup_images": -1}, ("training.warmup_images", "-1")),
     "half a batch": ({"training.num_images": 41}, ("training.num_images", "41", "batch_size=4")),
@@ -258,7 +263,7 @@ TRAINING_CHANGES = {
     "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
     "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_buffers": "average",
-    "training.precision": "bf16",
+    "training.precision": "bf16", "training.extra_ema_half_lives": [1000],
 }
 INFERENCE_CHANGES = {
     "sampling.sampler": "heun", "sampling.num_steps": 10, "sampling.batch_size": 7, "sampling.guidance_scale": 1.5,
@@ -269,10 +274,12 @@ INFERENCE_CHANGES = {
 }
 RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
                    "runtime.micro_batch_size": 4, "runtime.max_skipped_steps": 0, "runtime.parallel": "fsdp",
-                   "data.path": "images", "data.cache": "cache", "evaluation.extractor_weights": "weights.safetensors"}
+                   "data.path": "images", "data.cache": "cache", "evaluation.extractor_weights": "weights.safetensors",
+                   "data.vae": "vae", "evaluation.reference": "reference.npz"}
 CHANGES = [  # (changed keys, the training digest changes, the inference digest changes)
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),
     ({f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"}, True, True),
+    ({"training.extra_ema_half_lives": [500], "evaluation.ema_half_life_images": 500}, True, True),
     ({ROUTER: {"kind": EXPERT_RACE}}, True, True), ({"model.moe": None}, True, True), (DDPM, True, True),
     *(({key: value}, False, True) for key, value in INFERENCE_CHANGES.items()),
     *(({key: value}, False, False) for key, value in RUNTIME_CHANGES.items()),
@@ -288,6 +295,12 @@ def both_digests(config) -> tuple[str, str]:
 def test_a_change_moves_the_digests_of_its_scope_and_no_other(changes, training, inference):
     before, after = both_digests(BASE), both_digests(run_config(changes))
     assert tuple(old != new for old, new in zip(before, after, strict=True)) == (training, inference)
+
+
+def test_rows_that_sample_different_averages_of_a_run_share_its_checkpoint():
+    kept = {"training.extra_ema_half_lives": [500, 2000]}
+    one, other = (run_config(kept | {"evaluation.ema_half_life_images": life}) for life in (500, None))
+    assert both_digests(one)[0] == both_digests(other)[0] and both_digests(one)[1] != both_digests(other)[1]
 
 
 def test_the_changes_above_cover_every_field_of_a_run():
@@ -410,7 +423,7 @@ def test_every_field_has_a_type_that_from_dict_checks():
     routers = {resolve_router(options["kind"]).Config for options in ROUTERS.values()} | {RouterConfig}
     kinds = {kind for cls in (RunConfig, *routers) for kind in hints(cls)}
     plain = {kind for kind in kinds if not hasattr(kind, "__members__")}
-    assert plain == {int, float, bool, str, type(None)}
+    assert plain == {int, float, bool, str, type(None), Ellipsis}  # a list is tuple[float, ...]
 
 
 def test_derived_sizes_follow_from_the_fields():

@@ -17,7 +17,7 @@ from diffmoe.diffusion.guidance import guided_halves
 
 FLOW = build_process(DiffusionConfig(process=ProcessKind.FLOW))
 DDPM = build_process(DiffusionConfig(process=ProcessKind.DDPM))
-PROCESS_OF = {Sampler.EULER: FLOW, Sampler.HEUN: FLOW, Sampler.DDIM: DDPM, Sampler.ANCESTRAL: DDPM}
+PROCESS_OF = {sampler: process for process in (FLOW, DDPM) for sampler in process.samplers}
 SHAPE = (3, 4, 2, 2)  # B, C, H, W
 
 
@@ -195,19 +195,31 @@ def test_flow_samplers_are_exact_on_straight_paths(sampler, num_steps):
     torch.testing.assert_close(FLOW.sample(predict, noise, config=sampling(sampler, num_steps)), data)
 
 
+MEAN, STD = 0.5, 0.3
+
+
+def velocity_of_gaussian(x, t):
+    """Return the exact velocity for data N(m, s^2), whose flow carries z to m + s z."""
+    t = t.to(x.dtype)[:, None, None, None]
+    return MEAN + (t * STD**2 - (1 - t)) / (t**2 * STD**2 + (1 - t) ** 2) * (x - t * MEAN)
+
+
 @pytest.mark.parametrize("sampler, order", [(Sampler.EULER, 1), (Sampler.HEUN, 2)])
 def test_error_falls_with_the_samplers_order(sampler, order):
-    """For data N(m, s^2) the velocity is known and the flow carries z to m + s z."""
-    mean, std, noise = 0.5, 0.3, normal(*SHAPE)
-
-    def velocity(x, t):
-        t = t.to(x.dtype)[:, None, None, None]
-        return mean + (t * std**2 - (1 - t)) / (t**2 * std**2 + (1 - t) ** 2) * (x - t * mean)
-
+    noise = normal(*SHAPE)
     # Numbers of steps are powers of two: those times are exact in float32.
-    errors = [(FLOW.sample(velocity, noise, config=sampling(sampler, n)) - (mean + std * noise)).abs().max()
+    errors = [(FLOW.sample(velocity_of_gaussian, noise, config=sampling(sampler, n)) - (MEAN + STD * noise)).abs().max()
               for n in (128, 256)]
     assert (errors[0] / errors[1]).item() == pytest.approx(2**order, rel=0.05)
+
+
+def test_dopri5_keeps_its_tolerance_in_few_calls_whatever_num_steps_says():
+    noise = normal(*SHAPE)
+    predict = Recorder(velocity_of_gaussian)
+    image = FLOW.sample(predict, noise, config=sampling(Sampler.DOPRI5, 1))
+    torch.testing.assert_close(image, MEAN + STD * noise, rtol=0, atol=3e-3)  # steps of relative error 1e-3
+    assert 20 < len(predict.times) < 100 and {tuple(t.shape) for t in predict.times} == {(3,)}
+    assert torch.equal(FLOW.sample(velocity_of_gaussian, noise, config=sampling(Sampler.DOPRI5, 9)), image)
 
 
 def test_network_sees_float32_times_of_each_flow_evaluation():
@@ -306,7 +318,8 @@ def test_sampling_calls_as_often_as_stated_keeps_the_dtype_and_builds_no_graph(s
     process, config = PROCESS_OF[sampler], sampling(sampler, ddim_eta=0.5)
     image = process.sample(predict, normal(*SHAPE, dtype=dtype), config=config,
                            step_noise=lambda i: normal(*SHAPE, seed=i, dtype=dtype))
-    assert len(predict.times) == process.num_calls(config) == (20 if sampler is Sampler.HEUN else 10)
+    expected = {Sampler.HEUN: 20, Sampler.DOPRI5: None}.get(sampler, 10)
+    assert process.num_calls(config) == expected and len(predict.times) == (expected or len(predict.times))
     assert image.dtype == dtype and not image.requires_grad
 
 

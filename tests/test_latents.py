@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, run_config
+from conftest import one_line, random_model, run_config
 from PIL import Image
 
 from diffmoe.cli import run_command
@@ -17,6 +19,7 @@ from diffmoe.data import latents, load_data
 from diffmoe.data.conversion import centre_crop
 from diffmoe.data.images import seeded_generator, to_model_range
 from diffmoe.data.latent_data import MANIFEST, LatentData, check_latents, load_latents
+from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.vae import load_vae
 from diffmoe.training.trainer import Trainer
 
@@ -30,8 +33,9 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 16],
-        latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.5).save_pretrained(folder)
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16], latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -209,3 +213,22 @@ def test_a_manifest_of_another_format_is_one_line(encoded):
     with pytest.raises(ConfigError) as caught:
         LatentData(encoded)
     assert "format 9" in one_line(caught.value)
+
+
+def test_samples_of_latents_are_decoded_images_and_a_wrong_autoencoder_is_refused(encoded, vae_folder, tmp_path):
+    config = latent_run(encoded, **{"sampling.num_steps": 2, "sampling.batch_size": 2})
+    model = random_model(in_channels=4, num_classes=2).eval()
+    samples = sample_images(model, config, range(3))
+    assert samples.images.shape == (3, 3, 16, 16) and samples.images.dtype == torch.uint8
+    away = replace(config, data=replace(config.data, path=None, vae=str(vae_folder)))
+    assert torch.equal(sample_images(model, away, range(3)).images, samples.images)  # without the latents
+    other = tmp_path / "other"
+    shutil.copytree(vae_folder, other)
+    load_vae.cache_clear()
+    network = diffusers.AutoencoderKL.from_pretrained(other, low_cpu_mem_usage=False)
+    network.decoder.conv_out.bias.data += 1
+    network.save_pretrained(other)
+    for data in (replace(config.data, vae=str(other)), replace(away.data, vae=None)):
+        with pytest.raises(ConfigError) as caught:
+            sample_images(model, replace(config, data=data), range(3))
+        assert "data.vae" in one_line(caught.value)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import random_model, run_config
 from fake_records import fake_record
 
 from diffmoe.cells import activation
@@ -116,3 +117,13 @@ def test_a_record_of_the_size_of_cifar10_stays_small():
                      training=record.training | {"losses": losses}, activation=record.activation | {
                          "load_by_position": load[0].tolist(), "load_by_third": load[:3].tolist()})
     assert len(json.dumps(asdict(record), indent=1)) < 300_000
+
+
+def test_an_adaptive_solver_reports_the_mean_over_its_calls():
+    model = random_model("diffmoe").eval()
+    config = run_config({"sampling.sampler": "dopri5", "sampling.batch_size": 2})
+    samples = sample_images(model, config, range(5))
+    tokens = model.config.num_tokens
+    assert samples.capacity.shape == (1, 5) and samples.position_load.shape == (1, tokens)
+    torch.testing.assert_close(samples.expert_load.sum(-1).mean(), samples.capacity.mean())
+    torch.testing.assert_close(samples.token_load.mean(1), samples.capacity[0])

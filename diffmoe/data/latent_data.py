@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,8 +27,11 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import ConfigError, DataConfig, require
-from diffmoe.data.images import draw_flips
+from diffmoe.data.images import draw_flips, to_pixels
+from diffmoe.models.vae import load_vae
 
+LATENTS = "latents"
+"""The data set's `data.name`."""
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 FORMAT = 1
 
@@ -94,6 +98,25 @@ def load_latents(config: DataConfig) -> LatentData:
     return data
 
 
+def load_decoder(config: DataConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what turns the model's output (B, C, h, w) into uint8 images: the latents' autoencoder, or rounding.
+
+    Raises:
+        ConfigError: when no autoencoder is known, or it is not the one that encoded the latents in `data.path`.
+    """
+    if config.name != LATENTS:
+        return to_pixels
+    folder = None if config.path is None else Path(config.path).expanduser()
+    manifest = read_manifest(folder) if folder and (folder / MANIFEST).exists() else None
+    name = config.vae or (manifest and manifest.vae["name"])
+    require(name is not None, "data.vae", name, "name the autoencoder that decodes the latents")
+    vae = load_vae(name, device)
+    encoder = vae.digest if manifest is None else manifest.vae["digest"]
+    require(vae.digest == encoder, "data.vae", name,
+            f"its weights ({vae.digest}) are not those that encoded {config.path} ({encoder})")
+    return vae.decode
+
+
 class LatentData:
     """Labelled latents, as `TrainingData`: z = mean + exp(logvar / 2) eps, with another eps each time.
 
@@ -105,7 +128,7 @@ class LatentData:
         ConfigError: when a file is missing or of another size than the manifest says.
     """
 
-    def __init__(self, folder: Path, name: str = "latents") -> None:
+    def __init__(self, folder: Path, name: str = LATENTS) -> None:
         self.folder, self.name = folder, name
         self.manifest = read_manifest(folder)
         self.shards = [self._open(shard) for shard in self.manifest.shards]

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from diffmoe.config import ProcessKind, Sampler, SamplingConfig
 from diffmoe.diffusion.process import Predict, Process, StepNoise
-from diffmoe.diffusion.samplers import euler, heun
+from diffmoe.diffusion.samplers import dopri5, euler, heun
 
 
 class RectifiedFlow(Process):
     """Straight paths from noise (t = 0) to data (t = 1); times are float32."""
 
     kind = ProcessKind.FLOW
-    samplers = (Sampler.EULER, Sampler.HEUN)
+    samplers = (Sampler.EULER, Sampler.HEUN, Sampler.DOPRI5)
 
     def sample_times(self, batch_size: int, *, generator: torch.Generator, device: torch.device | str) -> Tensor:
         """Draw float32 times (B,), uniform in [0, 1)."""
@@ -37,5 +37,7 @@ class RectifiedFlow(Process):
 
     def _integrate(self, predict: Predict, noise: Tensor, config: SamplingConfig,
                    step_noise: StepNoise | None) -> Tensor:
+        if config.sampler is Sampler.DOPRI5:
+            return dopri5(predict, noise)
         integrator = {Sampler.EULER: euler, Sampler.HEUN: heun}[config.sampler]
         return integrator(predict, noise, config.num_steps)

@@ -40,9 +40,11 @@ class Process(abc.ABC):
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Call `predict` once on x_t and return named losses (B,), to be added with weight 1."""
 
-    def num_calls(self, config: SamplingConfig) -> int:
-        """Return how often one sampling run calls `predict`."""
+    def num_calls(self, config: SamplingConfig) -> int | None:
+        """Return how often one sampling run calls `predict`; None: as often as the solver finds it necessary."""
         self._check_sampler(config)
+        if config.sampler is Sampler.DOPRI5:
+            return None
         return config.num_steps * (2 if config.sampler is Sampler.HEUN else 1)
 
     @torch.no_grad()

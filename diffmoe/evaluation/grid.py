@@ -20,15 +20,21 @@ SMALLEST_SIDE = 48
 GAP = 4
 """Black pixels on each side of an image."""
 
-IMAGES_A_CLASS = 10
-EXAMPLES_A_CLASS, MOST_EXAMPLE_CLASSES = 2, 10
-"""Examples of a record: some 100 kB at 32x32 pixels."""
+IMAGES_A_CLASS, MOST_GRID_CLASSES = 10, 10
+EXAMPLES_A_CLASS, MOST_EXAMPLE_CLASSES, LARGEST_EXAMPLE = 2, 10, 64
+"""Examples of a record: some 100 kB at 32x32 pixels, none above 64x64."""
 
 
 def save_class_grid(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Write one row a class, with the first images of each."""
-    rows = [images[labels == label][:IMAGES_A_CLASS] for label in labels.unique()]
+    """Write one row a class, of the first classes, with the first images of each."""
+    rows = [images[labels == label][:IMAGES_A_CLASS] for label in labels.unique()[:MOST_GRID_CLASSES]]
     save_grid(path, torch.cat([row for row in rows if len(row) == IMAGES_A_CLASS] or rows), columns=IMAGES_A_CLASS)
+
+
+def grid_seeds(num_classes: int) -> list[int]:
+    """Return the seeds of the images that a grid shows: a seed's class is its remainder."""
+    return [label + num_classes * index for index in range(IMAGES_A_CLASS)
+            for label in range(min(num_classes, MOST_GRID_CLASSES))]
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -56,14 +62,14 @@ def examples(images: Tensor, labels: Tensor, token_load: Tensor | None) -> dict[
     """Return the first images of the first classes as a record holds them, class by class.
 
     Args:
-        images: uint8 (N, C, H, W); nothing is returned unless C is 1 or 3 (latents are no pictures).
+        images: uint8 (N, C, H, W); nothing is returned for large ones, or unless C is 1 or 3.
         labels: (N,).
         token_load: (N, T) experts of each token, or None for a dense model.
 
     Returns:
         `labels` [n], `images` (base64 of a lossless PNG, the images side by side) and `token_load` [n][T].
     """
-    if images.shape[1] not in (1, 3):
+    if images.shape[1] not in (1, 3) or images.shape[-1] > LARGEST_EXAMPLE:
         return {}
     classes = labels.unique()[:MOST_EXAMPLE_CLASSES]
     chosen = torch.cat([(labels == label).nonzero().flatten()[:EXAMPLES_A_CLASS] for label in classes])

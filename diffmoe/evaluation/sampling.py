@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmoe.config import Precision, RunConfig
-from diffmoe.data.images import seeded_generator, to_pixels
+from diffmoe.config import Precision, RunConfig, Sampler
+from diffmoe.data.images import seeded_generator
+from diffmoe.data.latent_data import load_decoder
 from diffmoe.diffusion import build_process, guided
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
@@ -30,7 +31,8 @@ class Samples:
     labels: Tensor
     """int64 (N,)."""
     capacity: Tensor | None
-    """float32 (K, N): pairs a token of image n in call k, mean over layers. None: a dense model."""
+    """float32 (K, N): pairs a token of image n in call k, mean over layers; K is 1, the mean over calls, where the
+    solver chooses its calls. None: a dense model."""
     expert_load: Tensor | None
     """float32 (K, L, E): pairs a token of each expert, mean over images; sums to the capacity."""
     position_load: Tensor | None
@@ -91,6 +93,8 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
     `selection: gate` couples the images of a sampling batch by definition; everything else does not.
     """
     labels = torch.tensor(seeds) % config.model.num_classes
+    decode = load_decoder(config.data, model.positions.device)
+    adaptive = config.sampling.sampler is Sampler.DOPRI5
     parts, capacity, expert_load, position_load, token_load = [], [], [], [], []
     size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
@@ -107,11 +111,11 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
             row_bound *= 2
             noise = StartNoise(config, seeds[part])
             images, meter = _sample_batch(model, network, config, noise, labels[part], row_bound)
-        parts.append(to_pixels(images).cpu())
+        parts.append(decode(images).cpu())
         if meter.capacity:
-            capacity.append(torch.stack(meter.capacity).cpu())
-            expert_load.append(torch.stack(meter.expert_load).cpu() * len(images))
-            position_load.append(torch.stack(meter.position_load).cpu() * len(images))
+            capacity.append(_by_call(meter.capacity, adaptive))
+            expert_load.append(_by_call(meter.expert_load, adaptive) * len(images))
+            position_load.append(_by_call(meter.position_load, adaptive) * len(images))
             token_load.append(meter.token_load().cpu())
     if not capacity:
         return Samples(torch.cat(parts), labels, None, None, None, None)
@@ -136,6 +140,12 @@ class StartNoise:
         for image, generator in zip(noise, self.generators, strict=True):
             image.normal_(generator=generator)
         return noise
+
+
+def _by_call(values: list[Tensor], adaptive: bool) -> Tensor:
+    """Stack the values of a batch's calls, on the CPU; batches of an adaptive solver share nothing but their mean."""
+    stacked = torch.stack(values).cpu()
+    return stacked.mean(0, keepdim=True) if adaptive else stacked
 
 
 def _sample_batch(model: DiT, network: Callable[..., ModelOutput], config: RunConfig, noise: StartNoise,

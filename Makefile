@@ -1,10 +1,11 @@
-# make reproduce-table1   install what is missing, then the main job at SCALE (default: digits)
+# make reproduce-table1   install what is missing, then the main job at SCALE (default: digits), of the tables in ROWS
 # make publish            promote your records to results/SCALE
 # make mlflow-ui          compare the published runs in MLflow
 # make check-results      does every table and figure follow from its records?
 # make test | test-all | lint
 PYTHON ?= python3
 SCALE ?= digits
+ROWS ?= $(or $(wildcard baselines/$(SCALE)/*.yaml),baselines/table1.yaml)
 BIN = .venv/bin
 
 .PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all lint
@@ -19,7 +20,7 @@ setup: .venv/installed
 
 reproduce-table1: setup
 	@$(BIN)/python -m diffmoe.report.table1
-	@$(BIN)/python -m diffmoe.reproduce --rows baselines/table1.yaml --scale $(SCALE) $(ARGS)
+	@$(BIN)/python -m diffmoe.reproduce $(ROWS:%=--rows %) --scale $(SCALE) $(ARGS)
 
 publish: setup
 	$(BIN)/python -m diffmoe.reproduce --rows baselines/table1.yaml --scale $(SCALE) --publish

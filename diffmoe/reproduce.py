@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from diffmoe.cells import Cell, Store, check_cells, group_by_training, load_rows, missing_cells, run_cell, run_name
 from diffmoe.cli import TrainingBar, choose_device, run_command
-from diffmoe.config import ConfigError
+from diffmoe.config import ConfigError, require
 from diffmoe.data import load_data
+from diffmoe.data.latent_data import LATENTS
+from diffmoe.plan import plan
 from diffmoe.records import Record, read_records
 from diffmoe.report.__main__ import write_report
 from diffmoe.report.table import results_table
@@ -46,7 +48,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m diffmoe.reproduce", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="the table's rows (YAML)")
+    parser.add_argument("--rows", type=Path, required=True, action="append", metavar="FILE",
+                        help="the table's rows (YAML); with --dry-run it may be repeated")
     parser.add_argument("--scale", default="digits", help="name of a file in diffmoe/configs (default: digits)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
@@ -55,18 +58,25 @@ def main(arguments: list[str]) -> int:
                         help="processes at work at a time, each with one thread (default: a core each; on a GPU 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
-    parser.add_argument("--dry-run", action="store_true", help="list the missing cells")
+    parser.add_argument("--dry-run", action="store_true", help="list the missing cells; of latents, what rows cost")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N",
+                        help="with --dry-run: GPUs that memory is stated for (default: 8)")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/records and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     scale = CONFIGS / f"{options.scale}.yaml"
     if not scale.exists():
-        raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}; imagenet256 needs latents, which "
-                          "this version does not train on")
+        raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}")
     store = Store(options.out or RESULTS / options.scale / "local")
     if options.publish:
         return publish(store, RESULTS / options.scale)
-    rows = load_rows(options.rows, scale, options.overrides)
+    tables = [load_rows(path, scale, options.overrides) for path in options.rows]
+    if options.dry_run and tables[0][0].config.data.name == LATENTS:
+        named = dict(zip(map(str, options.rows), tables, strict=True))
+        print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
+        return 0
+    require(len(tables) == 1, "--rows", len(tables), "give one file: a table is one protocol in one folder (--out)")
+    rows = tables[0]
     data = load_data(rows[0].config.data, rows[0].config.model)
     device = choose_device(rows[0].config.runtime.device)
     cells = missing_cells(rows, range(options.seeds), data, store)

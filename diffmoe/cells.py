@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
-from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, shareable
-from diffmoe.data import ImageData
+from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, load_config, require, shareable
+from diffmoe.data import ImageData, TrainingData
+from diffmoe.evaluation.adm import measure_adm, read_reference
 from diffmoe.evaluation.calibration import calibrate_thresholds
-from diffmoe.evaluation.extractors import DIGITS, classify, distance_name, weights_file
+from diffmoe.evaluation.extractors import DIGITS, INCEPTION, classify, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
@@ -56,7 +58,7 @@ class Cell:
         """Name the cell to a reader."""
         return f"{self.row.label}, seed {self.seed}"
 
-    def record_id(self, data: ImageData) -> str:
+    def record_id(self, data: TrainingData) -> str:
         """Name the record that this cell writes."""
         return f"{self.row.key}-{digest(self.row.config)}-s{self.seed}-{data.digest}"
 
@@ -77,11 +79,11 @@ class Store:
         """The folder of the reference's features."""
         return self.folder / "cache"
 
-    def run_folder(self, cell: Cell, data: ImageData) -> Path:
+    def run_folder(self, cell: Cell, data: TrainingData) -> Path:
         """The folder of a cell's training run."""
         return self.folder / "runs" / _run_name(digest(cell.row.config, scope="training"), cell.seed, data.digest)
 
-    def has(self, cell: Cell, data: ImageData) -> bool:
+    def has(self, cell: Cell, data: TrainingData) -> bool:
         """Say whether a cell is recorded."""
         return (self.records / f"{cell.record_id(data)}.json").exists()
 
@@ -118,12 +120,12 @@ def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Ro
     return rows
 
 
-def missing_cells(rows: Sequence[Row], seeds: Sequence[int], data: ImageData, store: Store) -> list[Cell]:
+def missing_cells(rows: Sequence[Row], seeds: Sequence[int], data: TrainingData, store: Store) -> list[Cell]:
     """Return the cells without a record: seed by seed, and in a seed in the rows' order."""
     return [cell for seed in seeds for cell in (Cell(row, seed) for row in rows) if not store.has(cell, data)]
 
 
-def check_cells(cells: Sequence[Cell], data: ImageData) -> None:
+def check_cells(cells: Sequence[Cell], data: TrainingData) -> None:
     """Find before any work what would stop a cell after its training.
 
     Raises:
@@ -133,13 +135,33 @@ def check_cells(cells: Sequence[Cell], data: ImageData) -> None:
         check_evaluation(evaluation, data)
 
 
-def check_evaluation(evaluation: EvaluationConfig, data: ImageData) -> None:
+def reference_images(evaluation: EvaluationConfig, data: TrainingData | None) -> Tensor:
+    """Return the images that samples are compared with, uint8 (N, C, H, W): ADM's, or those of the training.
+
+    Raises:
+        ConfigError: when there are none.
+    """
+    if evaluation.reference is not None:
+        require(evaluation.extractor == INCEPTION, "evaluation.extractor", evaluation.extractor,
+                f"evaluation.reference is measured with {INCEPTION}")
+        return read_reference(Path(evaluation.reference)).images
+    require(isinstance(data, ImageData), "evaluation.reference", None,
+            "latents are no images to compare with; give ADM's reference batch (.npz)")
+    return data.images
+
+
+def reference_digest(evaluation: EvaluationConfig, data: TrainingData | None) -> str:
+    """Return 12 hex digits that name the images of `reference_images`."""
+    return read_reference(Path(evaluation.reference)).digest if evaluation.reference else data.digest
+
+
+def check_evaluation(evaluation: EvaluationConfig, data: TrainingData | None) -> None:
     """Find before any work what would stop `measure_samples`.
 
     Raises:
         ConfigError: for samples that cannot be measured.
     """
-    check_counts(evaluation.num_samples, len(data.images), evaluation.kid_subset_size)
+    check_counts(evaluation.num_samples, len(reference_images(evaluation, data)), evaluation.kid_subset_size)
     weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
     if evaluation.extractor == DIGITS:
         classify(data.images[:1])  # refuses images of another size
@@ -153,7 +175,7 @@ def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torch.device, *,
+def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: torch.device, *,
              deadline: float = math.inf, progress: Progress = lambda step, losses: None) -> Record:
     """Train, sample and measure one cell; write and return its record.
 
@@ -185,11 +207,12 @@ def run_cell(cell: Cell, scale: str, data: ImageData, store: Store, device: torc
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
         training_digest=digest(config, scope="training"),
-        data={"name": data.name, "digest": data.digest, "num_images": len(data.images)},
+        data={"name": data.name, "digest": data.digest, "num_images": len(data)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
                   "seconds": run.description["seconds"], "losses": run.losses()},
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
-        evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s, "reference": data.digest,
+        evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s,
+                    "reference": reference_digest(config.evaluation, data),
                     "distance_name": distance_name(config.evaluation.extractor)},
         metrics=metrics, activation=activation(config, samples), threshold_sweep=sweep,
         examples=examples(samples.images, samples.labels, samples.token_load), environment=environment(device))
@@ -218,15 +241,20 @@ def _rounded(load: torch.Tensor) -> list[Any]:
     return load.double().round(decimals=4).tolist()  # short in a file; one pair in a thousand images is less
 
 
-def measure_samples(samples: Samples, config: RunConfig, data: ImageData, cache: Path,
+def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | None, cache: Path,
                     device: torch.device) -> dict[str, float]:
-    """Return the metrics of samples against `data`, whose features are kept in the folder `cache`.
+    """Return the metrics of samples against ADM's reference where the configuration names it, else against `data`.
+
+    The features of `data` are kept in the folder `cache`.
 
     Raises:
         ConfigError: as `measure` does.
     """
     evaluation = config.evaluation
     weights = None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
+    if evaluation.reference is not None:
+        return measure_adm(samples.images, read_reference(Path(evaluation.reference)), device=device,
+                           weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
                     cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
     if evaluation.extractor == DIGITS:  # a classifier of these classes
@@ -234,7 +262,7 @@ def measure_samples(samples: Samples, config: RunConfig, data: ImageData, cache:
     return found
 
 
-def _sweep(cell: Cell, model: DiT, data: ImageData, store: Store, device: torch.device) -> list[dict[str, float]]:
+def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:
     points = []
     for threshold in SWEEP_THRESHOLDS:
         started = time.perf_counter()

@@ -525,7 +525,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (),
     data = base or {}
     for path in paths:
         try:
-            data = _merge(data, _read_yaml(Path(path)))
+            data = _merge(data, read_yaml(Path(path)))
         except RecursionError:
             raise ConfigError(f"{path}: a value refers to itself") from None
     return from_dict(RunConfig, apply_overrides(data, overrides))
@@ -644,7 +644,12 @@ def _show(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: when it cannot be read or holds something else.
+    """
     try:
         text = path.read_text()
     except (OSError, ValueError) as error:

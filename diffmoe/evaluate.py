@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from diffmoe.cells import activation, check_evaluation, measure_samples
+from diffmoe.cells import activation, check_evaluation, measure_samples, reference_digest, reference_images
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData, load_data
@@ -32,12 +32,12 @@ from diffmoe.records import environment
 from diffmoe.sample import Trained, load_trained
 
 
-def evaluate(trained: Trained, data: ImageData, cache: Path, images: Path | None = None) -> dict[str, Any]:
+def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path | None = None) -> dict[str, Any]:
     """Draw and measure samples; return plain data of the names that a record has.
 
     Args:
         trained: the weights, with the options of sampling and evaluation.
-        data: the images that they were trained on.
+        data: the images that they were trained on; None where the configuration names a reference file.
         cache: folder for the features of `data`.
         images: folder for a PNG file of each sample, named by its seed.
 
@@ -60,10 +60,12 @@ def evaluate(trained: Trained, data: ImageData, cache: Path, images: Path | None
         "config": shareable(config), "config_digest": digest(config),
         "training_digest": digest(config, scope="training"),
         "seed": trained.description["seed"], "steps": trained.description["step"],
-        "data": {"name": data.name, "digest": data.digest, "num_images": len(data.images)},
+        "data": {"name": config.data.name, "digest": trained.description["data_digest"]}
+                | ({} if data is None else {"num_images": len(data)}),
         "sampling": {"num_samples": len(seeds), "seconds": sampled - started},
         "evaluation": {"extractor": config.evaluation.extractor, "seconds": measured - sampled,
-                       "reference": data.digest, "distance_name": distance_name(config.evaluation.extractor)},
+                       "reference": reference_digest(config.evaluation, data),
+                       "distance_name": distance_name(config.evaluation.extractor)},
         "metrics": metrics, "activation": activation(config, samples), "environment": environment(device)}
 
 
@@ -73,7 +75,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = {result["evaluation"]["distance_name"]: f"{metrics['distance']:.4g} ({sampling['num_samples']} samples)",
              "KID x1000": f"{1000 * metrics['kid']:.4g} ± {1000 * metrics['kid_std']:.2g} over subsets",
              "precision": f"{metrics['precision']:.4f}", "recall": f"{metrics['recall']:.4f}"}
-    optional = {"class_accuracy": "class accuracy", "inception_score": "Inception score"}
+    optional = {"sfid": "sFID", "class_accuracy": "class accuracy", "inception_score": "Inception score"}
     lines |= {name: f"{metrics[key]:.4f}" for key, name in optional.items() if key in metrics}
     lines |= {"capacity C": f"{used['capacity']:.4f}",
               "activated parameters": f"{used['activated_params']:,.0f} by the paper's count, "
@@ -83,7 +85,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:<22}{text}" for name, text in lines.items())
 
 
-def describe(config: RunConfig, data: ImageData) -> str:
+def describe(config: RunConfig, data: ImageData | None) -> str:
     """Return the resolved configuration and what would be done with it."""
     sampling, evaluation = config.sampling, config.evaluation
     gflops = flops_per_call(config.model) / 1e9
@@ -91,7 +93,8 @@ def describe(config: RunConfig, data: ImageData) -> str:
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
         f"# {evaluation.num_samples:,} samples in {sampling.num_steps} {sampling.sampler} steps, {gflops:.3g} GFLOPs a "
         f"call and image at C = 1",
-        f"# {distance_name(evaluation.extractor)} to {len(data.images):,} images of {data.name} ({data.digest})"])
+        f"# {distance_name(evaluation.extractor)} to {len(reference_images(evaluation, data)):,} images of "
+        f"{'the reference file' if data is None else data.name} ({reference_digest(evaluation, data)})"])
 
 
 def main(arguments: list[str]) -> int:
@@ -118,8 +121,9 @@ def main(arguments: list[str]) -> int:
     trained = load_trained(weights, options.overrides, configs)
     config = trained.config
     choose_device(config.runtime.device)
-    data = load_data(config.data, config.model)
-    _check_reference(trained, data)
+    data = None if config.evaluation.reference else load_data(config.data, config.model)
+    if data is not None:
+        _check_reference(trained, data)
     check_evaluation(config.evaluation, data)
     if options.dry_run:
         print(describe(config, data))

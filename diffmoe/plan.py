@@ -127,8 +127,8 @@ def plan(tables: Mapping[str, Sequence[Row]], seeds: int, gpus: int, bench: Path
         "Activations: an",
         f"estimate for its share of the batch, {ACTIVATION_BYTES} bytes a token, width and block. images/s: measured "
         "(results/bench) or,",
-        f"marked ?, assumed: {ASSUMED_MFU:.0%} of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s at C = 1. A call of sampling counts "
-        "as a third of a step."])
+        f"marked ?, assumed: {ASSUMED_MFU:.0%} of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s at C = 1. A call of sampling: "
+        "a third of a training step."])
 
 
 def _line(cost: Cost, seeds: int, gpus: int, *, shared: bool) -> list[str]:

@@ -65,7 +65,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], description: Mapping[s
         OSError: when it cannot be written; what was at `path` is still there.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps([_digest(tensors, description), description])
+    text = json.dumps([content_digest(tensors, description), description])
     write_whole(path, lambda aside: save_file(tensors, aside, metadata={"description": text}))
 
 
@@ -81,7 +81,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
         # a release before this one wrote the description alone
         expected, description = (None, written) if isinstance(written, dict) else written
-        whole = isinstance(description, dict) and expected in (None, _digest(tensors, description))
+        whole = isinstance(description, dict) and expected in (None, content_digest(tensors, description))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{path}: not a checkpoint of this project ({type(error).__name__}: {error})") from None
     if not whole:
@@ -89,7 +89,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
     return tensors, description
 
 
-def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+def content_digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a state dict and its description, as `save_weights` writes it; one tensor at a time."""
     content = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

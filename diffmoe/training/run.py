@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
-from diffmoe.data import ImageData
+from diffmoe.data import TrainingData
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, reason, save_weights, write_whole
 from diffmoe.training.distributed import ALONE, HANG_S, Heartbeat, World
@@ -74,7 +74,7 @@ class TrainedRun:
                 for line in read_lines(self.folder / LOG_FILE)]
 
 
-def train_run(config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, *,
+def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, device: torch.device, *,
               world: World = ALONE, deadline: float = math.inf,
               progress: Progress = lambda step, losses: None) -> TrainedRun:
     """Train to the end, going on from the folder's newest checkpoint; a finished run is only returned.
@@ -107,8 +107,8 @@ def train_run(config: RunConfig, seed: int, data: ImageData, folder: Path, devic
 class _Run:
     """A run that is under way: the trainer with what it writes and watches."""
 
-    def __init__(self, config: RunConfig, seed: int, data: ImageData, folder: Path, device: torch.device, world: World,
-                 identity: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, seed: int, data: TrainingData, folder: Path, device: torch.device,
+                 world: World, identity: dict[str, Any]) -> None:
         self.config, self.folder, self.device, self.world, self.identity = config, folder, device, world, identity
         self.trainer = Trainer(config, seed, data, device, world)
         self.checkpoints = Checkpoints(folder, asynchronous=device.type == "cuda")

@@ -23,6 +23,7 @@ from diffmoe.evaluation.grid import save_class_grid
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import load_weights
+from diffmoe.training.ema import average_file
 
 DEFAULT_WEIGHTS = Path("results/digits/checkpoints/diffmoe.safetensors")
 
@@ -68,6 +69,8 @@ def load_trained(path: Path, overrides: Sequence[str], configs: Sequence[Path] =
                           "evaluation, runtime, and a router's inference, selection and global_threshold)")
     require(calibration_batches(config) == 0, "model.moe.router.calibration_batches", calibration_batches(config),
             "thresholds are calibrated on training images, which this command does not read; use 0")
+    if config.evaluation.ema_half_life_images is not None:
+        weights, _ = load_weights(path.with_name(average_file(config.evaluation.ema_half_life_images)))
     return Trained(config, description, weights)
 
 

@@ -169,7 +169,7 @@ def resharded(folder: Path, world: World) -> dict[str, Tensor]:
         save_weights(folder / "of-one", load("of-two", [GLOBAL], ALONE).state(), {})
     dist.barrier()
     again = load("of-one", [GLOBAL, FSDP], world)
-    states |= {"again": state(again), "ddp": state(load("of-one", [GLOBAL], world)), "average": again.average()}
+    states |= {"again": state(again), "ddp": state(load("of-one", [GLOBAL], world)), "average": again.averages()[None]}
     trainer.train_step(), again.train_step()
     states |= {"two later": state(trainer), "again later": state(again)}
     return {f"{key}/{name}": value for key, state in states.items() for name, value in state.items()}

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from test_training import CPU, digits_config
 
 from diffmoe.config import ConfigError, to_dict
 from diffmoe.data import load_data
+from diffmoe.sample import load_trained
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.run import Interrupted, train_run
@@ -51,6 +53,28 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     assert newest(tmp_path / "parts")["step"] == 1
     assert_same(outcome(train(tmp_path / "parts")), outcome(whole))
     assert not list((tmp_path / "parts").glob("checkpoint-*"))
+
+
+def test_several_averages_of_a_run_are_those_of_runs_with_one_and_are_chosen_afterwards(tmp_path):
+    several = digits_config("diffmoe", *SMALL, "training.ema_half_life_images=100",
+                            "training.extra_ema_half_lives=[400.5, 1e+6]")
+    whole = train(tmp_path / "whole", several)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", several, deadline=time.monotonic())
+    parts = train(tmp_path / "parts", several)
+    files = ("ema.safetensors", "ema-400.5.safetensors", "ema-1000000.safetensors")
+    for half_life, file in zip((100, 400.5, 1e6), files, strict=True):
+        alone = train(tmp_path / file, digits_config("diffmoe", *SMALL, f"training.ema_half_life_images={half_life}"))
+        expected = outcome(alone)[1]
+        for run in (whole, parts):  # the second was interrupted
+            found = load_weights(run.folder / file)[0]
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    chosen = replace(several, evaluation=replace(several.evaluation, ema_half_life_images=400.5))
+    expected = load_weights(whole.folder / files[1])[0]
+    for model in (whole.load_average(chosen, CPU),
+                  load_trained(whole.folder / files[0], ["evaluation.ema_half_life_images=400.5"]).model(CPU)):
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

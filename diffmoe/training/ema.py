@@ -1,4 +1,4 @@
-"""The moving average of the weights that is sampled from."""
+"""Moving averages of the weights, which are sampled from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from diffmoe.config import EmaBuffers
 from diffmoe.training.parallel import local
+
+
+def average_file(half_life_images: float | None) -> str:
+    """Name the file of a run's average; None: the one of `training.ema_half_life_images`."""
+    return "ema.safetensors" if half_life_images is None else f"ema-{half_life_images:.15g}.safetensors"
 
 
 class Ema:

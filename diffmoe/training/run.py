@@ -1,8 +1,9 @@
 """One training run in one folder: started, interrupted, gone on with, finished; the same command does all of it.
 
 The folder holds config.yaml, losses.jsonl, events.jsonl (what `Watch` noticed), while it runs some
-checkpoint-<step>.safetensors, and at the end ema.safetensors. Whenever a process dies, the newest whole checkpoint and
-the log lines up to its step are there; the next start repeats the steps after it, on a CPU bit for bit.
+checkpoint-<step>.safetensors, and at the end ema.safetensors and ema-<half-life>.safetensors of each further average.
+Whenever a process dies, the newest whole checkpoint and the log lines up to its step are there; the next start repeats
+the steps after it, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffmoe.data import TrainingData
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, reason, save_weights, write_whole
 from diffmoe.training.distributed import ALONE, HANG_S, Heartbeat, World
+from diffmoe.training.ema import average_file
 from diffmoe.training.log import JsonLines, read_lines
 from diffmoe.training.signals import Signals
 from diffmoe.training.trainer import Trainer
@@ -63,7 +65,7 @@ class TrainedRun:
 
     def load_average(self, config: RunConfig, device: torch.device) -> DiT:
         """Return the averaged network in eval mode, with the inference options of `config`."""
-        weights, _ = load_weights(self.folder / "ema.safetensors")
+        weights, _ = load_weights(self.folder / average_file(config.evaluation.ema_half_life_images))
         model = build_model(config.model).to(device).eval()
         model.load_state_dict(weights)
         return model.set_backend(config.runtime.backend)
@@ -91,7 +93,7 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
     runtime = {f"runtime.{key}": value for key, value in to_dict(config.runtime).items() if key != "device"}
     world.require_agreement(identity | runtime | {"torch": torch.__version__})
     with locked(folder) if world.is_main else contextlib.nullcontext():
-        finished = folder / "ema.safetensors"
+        finished = folder / average_file(None)
         description = load_weights(finished)[1] if world.is_main and finished.exists() else None
         description = world.from_main(description)
         if description is not None:
@@ -151,9 +153,9 @@ class _Run:
                 self._save(final=True)
                 self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
                 raise Interrupted(signals.received)
-            description, average = self._describe(), self.trainer.average()
+            description, averages = self._describe(), self.trainer.averages()
             if self.world.is_main:
-                self._finish(average, description)
+                self._finish(averages, description)
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)
@@ -247,12 +249,13 @@ class _Run:
     def _sync_logs(self) -> OSError | None:
         return self.losses.flush(sync=True) or self.events.flush(sync=True)
 
-    def _finish(self, average: dict[str, Tensor], description: dict[str, Any]) -> None:
-        """Write the averaged network in place of the checkpoints."""
+    def _finish(self, averages: dict[float | None, dict[str, Tensor]], description: dict[str, Any]) -> None:
+        """Write the averaged networks in place of the checkpoints, last the one whose file says that all is done."""
         try:
             if error := self._sync_logs():
                 raise error
-            save_weights(self.folder / "ema.safetensors", average, description)
+            for half_life, average in reversed(averages.items()):
+                save_weights(self.folder / average_file(half_life), average, description)
         except OSError as error:
             raise ConfigError(f"{self.folder}: the trained weights cannot be written ({reason(error)}); make room, and "
                               "the same command goes on from the last checkpoint") from None

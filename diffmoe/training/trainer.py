@@ -17,7 +17,7 @@ from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require
 from diffmoe.data import ImageOrder, TrainingData
 from diffmoe.data.images import seeded_generator
 from diffmoe.diffusion import build_process
-from diffmoe.models.dit import ModelOutput, build_model
+from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import GraphedGradients
@@ -72,8 +72,10 @@ class Trainer:
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
-        self.ema = Ema(self.model, config.training.ema_buffers)
-        self.network = distribute(self.model, [self.ema.model], config, world, device)
+        self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers)
+                                      for _ in (None, *config.training.extra_ema_half_lives))
+        averages = [ema.model for ema in (self.ema, *self.extra_emas)]
+        self.network = distribute(self.model, averages, config, world, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             fused=device.type == "cuda")
@@ -154,7 +156,10 @@ class Trainer:
         if on_device:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(broken, old, buffer))
-        self.ema.update(self.model, self.config.training.ema_decay, unless=broken if on_device else None)
+        training = self.config.training
+        for ema, half_life in zip((self.ema, *self.extra_emas),
+                                  (training.ema_half_life_images, *training.extra_ema_half_lives), strict=True):
+            ema.update(self.model, training.decay_of(half_life), unless=broken if on_device else None)
 
     def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""
@@ -208,13 +213,19 @@ class Trainer:
         named = {f"optimizer.{index}.{name}": torch.as_tensor(value)
                  for index, values in moments.items() for name, value in values.items()}
         named["idle.experts"] = self.idle_LE
-        models = {"model": self.model, "ema": self.ema.model}
-        return gathered(named | {f"{key}.{name}": value for key, model in models.items()
+        return gathered(named | {f"{key}.{name}": value for key, model in self._models().items()
                                  for name, value in model.state_dict().items()}, self.world)
 
-    def average(self) -> dict[str, Tensor]:
-        """Return the averaged network's weights, as `state` does."""
-        return gathered(self.ema.model.state_dict(), self.world)
+    def averages(self) -> dict[float | None, dict[str, Tensor]]:
+        """Return each averaged network's weights, as `state` does, by its half-life (None: the run's own)."""
+        half_lives = (None, *self.config.training.extra_ema_half_lives)
+        return {half_life: gathered(ema.model.state_dict(), self.world)
+                for half_life, ema in zip(half_lives, (self.ema, *self.extra_emas), strict=True)}
+
+    def _models(self) -> dict[str, DiT]:
+        """Return the networks of the state by their name in it."""
+        extra = {f"ema{index}": ema.model for index, ema in enumerate(self.extra_emas, 1)}
+        return {"model": self.model, "ema": self.ema.model} | extra
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Go on from what `state` returned after `step` steps.
@@ -222,12 +233,13 @@ class Trainer:
         Raises:
             ConfigError: when it is not the state of this trainer.
         """
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "idle": {}}
+        models = self._models()
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*models, "optimizer", "idle")}
         try:
             for name, value in state.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
-            for key, model in (("model", self.model), ("ema", self.ema.model)):
+            for key, model in models.items():
                 now = model.state_dict()
                 model.load_state_dict({name: shared_out(value, now[name]) for name, value in parts[key].items()})
             self.idle_LE.copy_(parts["idle"]["experts"])

@@ -333,7 +333,7 @@ class EvaluationConfig:
     ema_half_life_images: float | None = field(default=None, metadata=INFERENCE)
     """Which average is sampled: one of training.extra_ema_half_lives; null: that of training.ema_half_life_images."""
     reference: str | None = field(default=None, metadata=PLACE)
-    """File in ADM's format (.npz of images, statistics, or both) to compare with; null: the training images."""
+    """ADM's reference batch to compare with: .npz of images and perhaps statistics. null: the training images."""
     extractor_weights: str | None = field(default=None, metadata=PLACE)
     """File of the extractor's weights where they cannot be downloaded."""
 

@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
 
 def _check_reference(trained: Trained, data: ImageData) -> None:
     if data.digest != trained.description["data_digest"]:
-        raise ConfigError(f"data.path={trained.config.data.path}: these {len(data.images)} images ({data.digest}) are "
+        raise ConfigError(f"data.path={trained.config.data.path}: these {len(data)} images ({data.digest}) are "
                           f"not those of the training ({trained.description['data_digest']}), which are the reference")
 
 

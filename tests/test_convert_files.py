@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,16 +124,19 @@ def test_files_that_cannot_be_used_are_one_line(arguments, named, tmp_path, monk
 
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from diffmoe import convert
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+# not getrusage: its peak is that of the process that started this one, too
+kilobytes = lambda name: int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = kilobytes("VmRSS")
 convert.main(sys.argv[1:])
-print(peak() - before)
+print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_the_peak_of_memory_is_below_1_3_times_the_file(tmp_path):
     size = {"hidden_size": 512, "depth": 4, "num_heads": 8, "in_channels": 4}
     model = build_model(random_model("diffmoe", **size, num_experts=8).config)
@@ -146,4 +150,4 @@ def test_the_peak_of_memory_is_below_1_3_times_the_file(tmp_path):
     assert file > 150e6
     for words in (arguments, [arguments[1], str(tmp_path / "back.pt"), "--to", "reference"]):
         done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True)
-        assert int(done.stdout.split()[-1]) < 1.3 * file, (words, int(done.stdout.split()[-1]) / file)
+        assert 0.3 < int(done.stdout.split()[-1]) / file < 1.3, words

@@ -183,7 +183,7 @@ def test_the_decoder_inverts_the_scaling_and_gives_pixels(vae_folder):
     (["--vae", "V", "--out", "O"], "--images"), (["--images", "I", "--out", "O"], "--vae"),
     (["--images", "I", "--vae", "V", "--out", "O", "--shard-images", "0"], "--shard-images"),
     (["--images", "TREE", "--vae", "VAE", "--out", "O", "--size", "15", "--device", "cpu"], "--size"),
-    (["--images", "TREE", "--vae", "nowhere", "--out", "O", "--device", "cpu"], "nowhere"),
+    (["--images", "TREE", "--vae", "no/where/at-all", "--out", "O", "--device", "cpu"], "no/where/at-all"),
     (["--images", "TREE", "--vae", "VAE", "--out", "O", "--shard", "2/2"], "--shard"),
     (["--images", "I", "--vae", "VAE", "--out", "O"], "no folder I"),
     (["--check", "O"], "manifest.json"),

@@ -96,6 +96,7 @@ def content_digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]
         tensor = tensors[name]
         content.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # before the next one is made
     return content.hexdigest()
 
 

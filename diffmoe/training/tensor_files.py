@@ -125,8 +125,8 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: dict[str, str]
     text += b" " * (-len(text) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(_bytes(tensor))
+        for name in tensors:  # no name for the tensor: it would live until the next one is there
+            file.write(_bytes(tensors[name]))
 
 
 def write_torch(path: Path, tensors: LazyTensors, key: str) -> None:

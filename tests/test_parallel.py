@@ -5,9 +5,7 @@ Two processes run every case once (`cases`) and write what came out to a file; t
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router
+from processes import LOOPBACK, SERVER
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -83,8 +82,7 @@ def tied_input() -> Tensor:
 def cases(rank: int, folder: Path) -> None:
     """Do everything that needs two processes; the main one writes the outcome to `two.safetensors`."""
     torch.set_num_threads(1)
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    os.environ |= LOOPBACK
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     world = World(rank, 2)
     found: dict[str, Tensor] = {}
@@ -182,9 +180,7 @@ def resharded(folder: Path, world: World) -> dict[str, Tensor]:
 def folder_of_two(tmp_path_factory):
     """Let two processes do everything, once; return the folder of what they left."""
     folder = tmp_path_factory.mktemp("two")
-    server = multiprocessing.get_context("forkserver")  # it imports once for both
-    server.set_forkserver_preload(["test_parallel"])
-    processes = [server.Process(target=cases, args=(rank, folder)) for rank in range(2)]
+    processes = [SERVER.Process(target=cases, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

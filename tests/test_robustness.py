@@ -284,6 +284,17 @@ def test_a_process_that_dies_or_hangs_ends_the_others_and_a_new_start_goes_on(wh
     assert_same_outcome(folder, whole_by_two)
 
 
+def slow_down(step, folder):
+    if FAULT_STEP <= step < FAULT_STEP + LOG_EVERY:
+        time.sleep(1.25 * HANG_S / LOG_EVERY)
+
+
+def test_slow_steps_are_no_hang(whole_by_two, tmp_path):
+    folder = tmp_path / "run"
+    assert finish_two(start_two(folder, images(STEPS), fault=slow_down)) == [0, 0]
+    assert_same_outcome(folder, whole_by_two)
+
+
 def test_a_signal_to_one_process_stops_all_with_the_state_saved(whole_by_two, tmp_path):
     folder = tmp_path / "run"
     assert finish_two(start_two(folder, images(STEPS), fault=terminate))[1] == 128 + signal.SIGTERM

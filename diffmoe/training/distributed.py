@@ -147,12 +147,14 @@ class Heartbeat:
         self.stopped = True
         self.beats.set()
 
+    def start(self) -> None:
+        """Start the watch, unless it is under way; the first steps compile, and may take longer."""
+        if self.world.size > 1 and not self.thread.is_alive():
+            self.thread.start()
+
     def beat(self) -> None:
-        """Say that this process is alive; the first call starts the watch."""
-        if self.world.size > 1:
-            self.beats.set()
-            if not self.thread.is_alive():
-                self.thread.start()
+        """Say that this process has made a step."""
+        self.beats.set()
 
     def _watch(self) -> None:
         while self.beats.wait(self.limit_s):

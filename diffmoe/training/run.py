@@ -138,6 +138,7 @@ class _Run:
             with Heartbeat(self.world, HANG_S) as heart:
                 while trainer.step < num_steps and not stop:
                     losses = trainer.train_step()
+                    heart.beat()
                     self.objectives.append(trainer.objective)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
@@ -145,7 +146,7 @@ class _Run:
                         if good and unsaved_s > SAVE_EVERY_S:
                             self._save()
                             last_save = time.monotonic()
-                        heart.beat()
+                        heart.start()
                     progress(trainer.step, values)
                     stop = self._asked_to_stop(signals.received is not None or time.monotonic() > deadline)
             if trainer.step < num_steps:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from diffmoe.config import RunConfig, digest, from_dict, to_dict
+from diffmoe.config import RunConfig, digest, from_dict, shareable, to_dict
 from diffmoe.records import Record
 from diffmoe.tracking.publish import publish_records
 from diffmoe.tracking.store import (
@@ -192,7 +192,7 @@ class _Training:
         self._name = f"train {name} seed {seed}"
         training_digest = digest(config, scope="training")
         self._id = training_id(training_digest, seed, data_digest)
-        self._params = dict.fromkeys(names, NONE) | flatten(to_dict(config)) | {
+        self._params = dict.fromkeys(names, NONE) | flatten(shareable(config)) | {
             "scale": scale, "system": name, "seed": str(seed), "training_digest": training_digest,
             "data_digest": data_digest}
         self._run: Any = None

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import LOOPBACK
 from test_training import CPU, digits_config
 
 from diffmoe.config import ConfigError, to_dict
@@ -181,12 +181,10 @@ def test_two_processes_equal_one_in_float64(tmp_path):
     for path, config in zip(paths, configs, strict=True):
         path.write_text(yaml.safe_dump(to_dict(config)))
     (tmp_path / "worker.py").write_text(WORKER)
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     run = subprocess.run(  # by address and interface: a test machine's own name need not resolve
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
          "--nproc-per-node", "2", tmp_path / "worker.py", *paths], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-                          "GLOO_SOCKET_IFNAME": loopback})
+        env=os.environ | LOOPBACK | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])})
     assert run.returncode == 0, run.stderr
     for config, losses in zip(configs, json.loads(run.stdout.splitlines()[-1]), strict=True):
         assert losses == pytest.approx(some_losses(config), rel=1e-10)

@@ -69,15 +69,15 @@ residual_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @triton.jit
-def _norm(x, eps, mask, D):
+def _norm(x, EPS: tl.constexpr, mask, D):
     """Return the norm of rows whose masked entries are 0, and 1 / std."""
     centred = tl.where(mask, x - tl.sum(x, 1)[:, None] / D, 0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / D + EPS)
     return centred * rstd, rstd
 
 
 @triton.jit
-def _norm_forward(x, y, gate, shift, scale, total, h, eps, T, D, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _norm_forward(x, y, gate, shift, scale, total, h, EPS: tl.constexpr, T, D, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     image = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, WIDTH)[None, :]
@@ -86,13 +86,13 @@ def _norm_forward(x, y, gate, shift, scale, total, h, eps, T, D, WIDTH: tl.const
     value += (tl.load(gate + vector, mask=d < D, other=0).to(tl.float32)
               * tl.load(y + place, mask=mask, other=0).to(tl.float32))
     tl.store(total + place, value, mask=mask)
-    n, _ = _norm(value, eps, mask, D)
+    n, _ = _norm(value, EPS, mask, D)
     n = n * (1 + tl.load(scale + vector, mask=d < D, other=0).to(tl.float32))
     tl.store(h + place, n + tl.load(shift + vector, mask=d < D, other=0).to(tl.float32), mask=mask)
 
 
 @triton.jit
-def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, eps, T, D, B, WIDTH: tl.constexpr,
+def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, EPS: tl.constexpr, T, D, B, WIDTH: tl.constexpr,
               ROWS: tl.constexpr, TOKENS: tl.constexpr):
     image = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)[None, :]
@@ -110,7 +110,7 @@ def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, eps, T, 
         grad = tl.load(d_h + place, mask=mask, other=0).to(tl.float32)
         passed_on = tl.load(d_total + place, mask=mask, other=0).to(tl.float32)
         branch = tl.load(y + place, mask=mask, other=0).to(tl.float32)
-        n, rstd = _norm(value, eps, mask, D)
+        n, rstd = _norm(value, EPS, mask, D)
         sum_shift += grad
         sum_scale += grad * n
         grad *= factor

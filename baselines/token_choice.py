@@ -44,7 +44,6 @@ class TokenChoice(Router):
             share_E = self.num_experts * counts_E / (chosen_Sk.numel() * self.world.size)
             balance = (share_E * scores_SE.mean(0)).sum()
             routing.losses["balance"] = self.balance_loss_weight * balance
-            routing.stats["balance"] = balance.detach()
         return routing
 
     def initialise(self, generator: SeededGenerator) -> None:

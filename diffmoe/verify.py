@@ -209,7 +209,8 @@ def _training_quantities(model: DiT, zt: Tensor, t: Tensor, y: Tensor, target: T
             found.pop(f"train/tokens_per_expert/{index}")
             inputs = found[f"train/moe_in/{index}"]
             found[f"train/pred_logits/{index}"] = layer.router.predictor(inputs)
-            found[f"train/loss_capacity/{index}"] = routing.stats["predictor_bce"]
+            weight = layer.router.options.predictor_loss_weight
+            found[f"train/loss_capacity/{index}"] = routing.losses["predictor"] / weight
             for update in range(NUM_THRESHOLD_UPDATES):
                 layer.router.update(routing.observed, update)
                 found[f"train/threshold_after_{update + 1}/{index}"] = layer.router.threshold.clone()
@@ -218,7 +219,7 @@ def _training_quantities(model: DiT, zt: Tensor, t: Tensor, y: Tensor, target: T
         found |= _gradients(model, mse, "train/grad_noaux")
     if "predictor" in losses:
         found["train/loss_cp"] = losses["predictor"]
-        bce = sum(routing.stats["predictor_bce"] for routing in output.routings)
+        bce = losses["predictor"] / model.config.moe.router.predictor_loss_weight
         for name in names:
             if match := re.fullmatch(r"train/loss_total_w([\d.]+)", name):
                 found[name] = mse + float(match[1]) * bce

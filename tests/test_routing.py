@@ -322,8 +322,6 @@ def test_the_predictor_loss_is_the_weighted_cross_entropy_against_the_selection(
     chosen = routing.mask(S, E)
     bce = -torch.where(chosen, p_SE, 1 - p_SE).log().mean()
     assert routing.losses["predictor"].item() == pytest.approx(0.3 * bce.item(), rel=1e-5)
-    assert routing.stats["predictor_bce"].item() == pytest.approx(bce.item(), rel=1e-5)
-    assert not routing.stats["predictor_bce"].requires_grad
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -345,7 +343,6 @@ def test_the_balance_loss_and_its_gradient_have_their_closed_form(top_k):
     assigned_E = [sum(e in best(row.tolist(), top_k) for row in p_SE) for e in range(E)]
     f_E = E * torch.tensor(assigned_E).double() / (S * top_k)
     assert routing.losses["balance"].item() == pytest.approx(weight * float(f_E @ p_SE.mean(0)), rel=1e-5)
-    assert routing.stats["balance"].item() == pytest.approx(float(f_E @ p_SE.mean(0)), rel=1e-5)
     (gradient,) = torch.autograd.grad(routing.losses["balance"], router.gate.weight)
     d_logits = weight / S * p_SE * (f_E - (p_SE * f_E).sum(1, keepdim=True))
     torch.testing.assert_close(gradient.double(), d_logits.T @ x_SD, atol=1e-7, rtol=1e-5)

@@ -161,7 +161,6 @@ class ExpertChoice(Router):
             chosen_SE = routing.mask(*scores_SE.shape)
             bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
             routing.losses["predictor"] = self.options.predictor_loss_weight * bce
-            routing.stats["predictor_bce"] = bce.detach()
         return routing
 
     def _static_of_all(self, num_samples: int, scores_SE: Tensor, logits_SE: Tensor | None,
@@ -169,7 +168,7 @@ class ExpertChoice(Router):
         """Take this process's pairs of the pools of all processes, with the quantile of those pools."""
         pool_images = self.options.pool_images or num_samples * self.world.size
         world = ALONE if num_samples % pool_images == 0 else self.world  # pools that end here need nobody else
-        seen = scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)
+        seen = (scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)).detach()
         num_pools = num_samples * world.size // pool_images
         seen_EPn = rearrange(world.gather(seen), "(p n) e -> e p n", p=num_pools)
         k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")

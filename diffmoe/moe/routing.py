@@ -16,11 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, RouterConfig, require
 from diffmoe.training.distributed import ALONE, World
+
+# torch.compile would trace a backward pass under the autocast around the call, also the part that the forward pass left
+# out of it: routers' gradients would be bf16. Off, a gradient has the dtype of its forward product, as without compile.
+torch._functorch.config.backward_pass_autocast = "off"
 
 SeededGenerator = Callable[[str], torch.Generator]
 """Gives the generator of a named parameter, so that its initial value depends on (seed, name) alone."""
@@ -45,8 +50,6 @@ class Routing:
     """Scalar auxiliary losses, weighted; the trainer adds them to the diffusion loss."""
     observed: Tensor | None = None
     """What `Router.update` needs once an optimiser step, for example each expert's quantile (E,)."""
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalars for logging."""
     overflow: Tensor | None = None
     """bool scalar: more pairs were selected than there were rows; the call must be repeated with more."""
 

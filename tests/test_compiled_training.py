@@ -1,0 +1,58 @@
+"""Compiled training: the gradients of plain training, on a GPU as a CUDA graph and with this suite's kernels."""
+
+import pytest
+import torch
+from conftest import ROUTERS, rand, random_model, randomise
+from test_training import SYSTEMS, digits_config
+
+from diffmoe.data import load_data
+from diffmoe.training.trainer import Trainer
+
+
+def losses_and_gradients(system, device, precision, compiled):
+    config = digits_config(system, f"training.precision={precision}", "model.depth=2",
+                           f"runtime.compile={str(compiled).lower()}")
+    trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device(device))
+    randomise(trainer.model)
+    batch = trainer.batch(0)
+    for _ in range(5 if compiled and device == "cuda" else 1):  # the capture, and replays of it
+        losses, _ = trainer.gradients(batch.images, batch.labels, batch.noise, batch.times)
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    return losses, {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_compiled_as_plain(system, device, precision, relative):
+    torch._dynamo.reset()
+    plain, compiled = (losses_and_gradients(system, device, precision, flag) for flag in (False, True))
+    for wanted, got in zip(plain, compiled, strict=True):
+        assert wanted.keys() == got.keys()
+        for name in wanted:  # by rounding, a token at the edge of a selection may go the other way
+            assert (got[name] - wanted[name]).norm() <= relative * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_router_compiled_under_autocast_keeps_float32_backward(router):
+    layer = random_model(router).train().moe_layers()[1]
+
+    def gradients(route):
+        x = rand(5, 16, 32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            routing = route(x)
+        layer.zero_grad()
+        (routing.gate_N.square().sum() + sum(routing.losses.values())).backward()
+        return [x.grad, *(parameter.grad for parameter in layer.router.parameters())]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.route, backend="aot_eager")
+    for got, wanted in zip(gradients(compiled), gradients(layer.route), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_gradients_are_those_of_plain_calls():
+    assert_compiled_as_plain("diffmoe", "cpu", "fp32", 5e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_compiled_gradients_on_a_gpu_are_those_of_plain_calls(system):
+    assert_compiled_as_plain(system, "cuda", "bf16", 5e-2)

@@ -263,6 +263,8 @@ class TrainingConfig:
     """`average` is the authors' rule: it pulls thresholds towards the zero that they start from."""
     precision: Precision = Precision.FP32
     """bf16: autocast of everything but routing, norms and the residual stream. fp64: to compare runs exactly."""
+    tf32: bool = False
+    """On a GPU, let products that are left in float32 (of bf16 runs: the routers') take TF32, as the release does."""
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")

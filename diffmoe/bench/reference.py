@@ -33,6 +33,7 @@ from diffmoe.convert import to_reference
 from diffmoe.data.images import to_model_range
 from diffmoe.models.counting import flops_per_call
 from diffmoe.models.dit import DiT
+from diffmoe.training.precision import tf32
 
 MODELS = {"dense": "models_DiT", "token_choice": "models_TCDiT", "expert_choice": "models_ECDiT",
           "diffmoe": "models_DiffMoE"}
@@ -171,7 +172,7 @@ class ReferenceSubject:
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Switch TF32 on, as their scripts do for the whole process; their sampler prints, which nobody reads."""
-        with _tf32(True), contextlib.redirect_stdout(io.StringIO()):
+        with tf32(True), contextlib.redirect_stdout(io.StringIO()):
             yield
 
     def call(self) -> object:
@@ -215,25 +216,13 @@ def compare_outputs(ours: DiT, theirs: torch.nn.Module, config: RunConfig) -> fl
         RuntimeError: when it is more than rounding.
     """
     inputs = network_inputs(config.model, AGREEMENT_IMAGES, ours.positions.device)
-    with _tf32(False):
+    with tf32(False):
         mine, other = ours(*inputs), theirs(*inputs)
     other = other[0] if isinstance(other, tuple) else other
     error = ((other - mine.prediction).norm() / mine.prediction.norm()).item()
     if not error <= MOST_RELATIVE_ERROR:
         raise RuntimeError(f"their output with our weights differs by {error:.1e}: not the same work")
     return error
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allow float32 products (and convolutions) in TF32, or not."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _join_group_of_one(device: torch.device) -> None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmoe.config import Precision, RunConfig, Sampler
+from diffmoe.config import RunConfig, Sampler
 from diffmoe.data.images import seeded_generator
 from diffmoe.data.latent_data import load_decoder
 from diffmoe.diffusion import build_process, guided
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
+from diffmoe.training.precision import autocast, tf32
 
 FIRST_ROW_BOUND = 2.0
 """Rows, in units of S, laid out for a dynamic router before an overflow asks for more."""
@@ -154,7 +155,7 @@ def _sample_batch(model: DiT, network: Callable[..., ModelOutput], config: RunCo
     meter = CapacityMeter(model, len(labels))
 
     def predict_labels(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision is Precision.BF16):
+        with autocast(config.training, device), tf32(config.training.tf32):
             output = network(x, t, y, row_bound)
         meter.add(output.routings, len(x))
         return output.prediction.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites it

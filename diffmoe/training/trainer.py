@@ -22,6 +22,7 @@ from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import GraphedGradients
 from diffmoe.training.parallel import distribute, gathered, local, shared_out
+from diffmoe.training.precision import autocast, tf32
 
 FIRST_ROW_BOUND = 1.25
 """Rows that a GPU lays out, of its even share, where other processes' tokens decide how many pairs are its own."""
@@ -72,7 +73,7 @@ class Trainer:
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
-        self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers)
+        self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, config.runtime.compile)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
         self.network = distribute(self.model, averages, config, world, device)
@@ -117,8 +118,7 @@ class Trainer:
             seen.append(self.network(x, t, batch.labels, self.row_bound))
             return seen[0].prediction.to(self.dtype)
 
-        bf16 = self.config.training.precision is Precision.BF16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(self.config.training, self.device):
             terms = self.process.loss(predict, batch.images, batch.noise, batch.times)
         return {name: term.mean() for name, term in terms.items()} | seen[0].losses(), seen[0]
 
@@ -129,8 +129,9 @@ class Trainer:
         """
         training = self.config.training
         batch = self.batch(self.step, self.world.share(training.batch_size))
-        losses, (self.objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
-                                                                          batch.times)
+        with tf32(training.tf32):
+            losses, (self.objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
+                                                                              batch.times)
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
         for group in self.optimizer.param_groups:

@@ -1,0 +1,27 @@
+"""The precision of products: autocast to bf16, and what float32 products take on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from diffmoe.config import Precision, TrainingConfig
+
+
+def autocast(training: TrainingConfig, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass; gradients take their dtypes from it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=training.precision is Precision.BF16)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow float32 products (and convolutions) in TF32, or not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

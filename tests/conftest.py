@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, RunConfig, from_dict, resolve_router
 from diffmoe.models.dit import DiT, build_model
+from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.moe.routing import Router
 
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tester's own; a test that tracks names its store
 torch.set_num_threads(1)  # one result on every machine; with more, small operators wait for one another
+
+needs_interpreter = pytest.mark.skipif(
+    not HAS_TRITON or torch.__version__ < torch.torch_version.TorchVersion("2.14"),
+    reason="needs Triton, and a torch that calls interpreted kernels (2.14 does, 2.11 does not)")
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*.npz"))

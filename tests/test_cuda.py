@@ -82,4 +82,4 @@ def test_sampling_by_cuda_graphs_gives_the_images_and_capacity_of_plain_calls(sy
         set_threshold(layer.router)
     wanted, got = (sample_images(model, config, range(20)) for config in (plain, compiled))
     assert (got.images.int() - wanted.images.int()).abs().double().mean() < 2  # of 255; rounding moves a rare token
-    assert wanted.capacity is None or (got.capacity - wanted.capacity).abs().mean() < 1e-2
+    assert wanted.capacity is None or (got.capacity - wanted.capacity).abs().mean() < 2e-2

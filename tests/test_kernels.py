@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import network_inputs, rand, random_model
+from conftest import needs_interpreter, network_inputs, rand, random_model
 
 from diffmoe.models import attention, layers
 from diffmoe.models.kernels import HAS_TRITON
@@ -21,7 +21,8 @@ on_device = pytest.mark.skipif(not (HAS_TRITON and (INTERPRETED or torch.cuda.is
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, and is no part of itself")
+@pytest.mark.skipif(INTERPRETED, reason="is no part of itself")
+@needs_interpreter
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_every_kernel_equals_plain_arithmetic_in_tritons_interpreter(chosen):
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__]

@@ -36,19 +36,18 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
     if config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL:
         for layer in model.moe_layers().values():
             layer.router.world = world
+    if config.runtime.compile:  # block by block: blocks of a kind share their code, made once instead of for each
+        for block in model.blocks:
+            block.compile()
     if world.size > 1 and config.runtime.parallel is Parallel.FSDP:
-        if config.runtime.compile:
-            for block in model.blocks:
-                block.compile()
         mesh = init_device_mesh(device.type, (world.size,))
         for sharded in (model, *averages):
             _shard(sharded, mesh, config.training.precision)
         return model
-    network = torch.compile(model) if config.runtime.compile else model
     if world.size == 1:
-        return network
+        return model
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:

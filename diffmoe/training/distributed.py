@@ -126,6 +126,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # gloo has been seen to abort a process that leaves while another is in the last call
     finally:
         dist.destroy_process_group()
 

@@ -257,6 +257,8 @@ class TrainingConfig:
     """Largest norm of the backbone's gradient; predictors are neither counted nor scaled."""
     ema_half_life_images: float = 1_774_357.0
     """Half-life of the weight average in images. Default: 0.9999 a step of 256 images, 256 ln 2 / -ln 0.9999."""
+    budgets: tuple[int, ...] = ()
+    """Images seen after which the averages are kept as they are then: smaller budgets, measured along one run."""
     extra_ema_half_lives: tuple[float, ...] = ()
     """Half-lives, in images, of further averages that are kept, so that one can be chosen after the run."""
     ema_buffers: EmaBuffers = EmaBuffers.COPY
@@ -274,6 +276,9 @@ class TrainingConfig:
                 f"use positive numbers, each once and other than ema_half_life_images={self.ema_half_life_images:g}")
         require(self.num_images % self.batch_size == 0, "training.num_images", self.num_images,
                 f"make it a multiple of batch_size={self.batch_size}")
+        require(all(0 < budget < self.num_images and budget % self.batch_size == 0 for budget in self.budgets),
+                "training.budgets", list(self.budgets),
+                f"use multiples of batch_size={self.batch_size} below num_images={self.num_images}")
         require_not_negative(self, "warmup_images", "weight_decay")
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm,
                 "use a positive number, or null to switch clipping off")
@@ -334,6 +339,8 @@ class EvaluationConfig:
     """Images of one kernel-distance subset; at most num_samples."""
     ema_half_life_images: float | None = field(default=None, metadata=INFERENCE)
     """Which average is sampled: one of training.extra_ema_half_lives; null: that of training.ema_half_life_images."""
+    budget_images: int | None = field(default=None, metadata=INFERENCE)
+    """Which budget is measured: one of training.budgets; null: the whole run."""
     reference: str | None = field(default=None, metadata=PLACE)
     """ADM's reference batch to compare with: .npz of images and perhaps statistics. null: the training images."""
     extractor_weights: str | None = field(default=None, metadata=PLACE)
@@ -395,6 +402,9 @@ class RunConfig:
         half_life, kept = self.evaluation.ema_half_life_images, self.training.extra_ema_half_lives
         require(half_life is None or half_life in kept, "evaluation.ema_half_life_images", half_life,
                 f"training.extra_ema_half_lives={list(kept)} are kept; null takes training.ema_half_life_images")
+        budget, budgets = self.evaluation.budget_images, self.training.budgets
+        require(budget is None or budget in budgets, "evaluation.budget_images", budget,
+                f"training.budgets={list(budgets)} are kept; null takes the whole run")
         if self.model.moe is not None:
             resolve_router(self.model.moe.router.kind).check_batch(self.model, self.model.moe, self.training.batch_size)
 

@@ -69,8 +69,9 @@ def load_trained(path: Path, overrides: Sequence[str], configs: Sequence[Path] =
                           "evaluation, runtime, and a router's inference, selection and global_threshold)")
     require(calibration_batches(config) == 0, "model.moe.router.calibration_batches", calibration_batches(config),
             "thresholds are calibrated on training images, which this command does not read; use 0")
-    if config.evaluation.ema_half_life_images is not None:
-        weights, _ = load_weights(path.with_name(average_file(config.evaluation.ema_half_life_images)))
+    chosen = average_file(config.evaluation.ema_half_life_images, config.evaluation.budget_images)
+    if chosen != average_file():
+        weights, description = load_weights(path.with_name(chosen))
     return Trained(config, description, weights)
 
 

@@ -64,6 +64,9 @@ MISTAKES = {
     "weight decay not a number": ({"training.weight_decay": NAN}, ("training.weight_decay", "nan")),
     "guidance not a number": ({"sampling.guidance_scale": NAN}, ("sampling.guidance_scale", "nan")),
     "eta above one": ({"sampling.ddim_eta": 2.0}, ("sampling.ddim_eta", "2.0")),
+    "budget between steps": ({"training.budgets": [6]}, ("training.budgets", "batch_size=4")),
+    "budget of the whole run": ({"training.budgets": [40]}, ("training.budgets", "num_images=40")),
+    "budget that is not kept": ({"evaluation.budget_images": 8}, ("evaluation.budget_images", "8")),
     "average that is not kept": ({"evaluation.ema_half_life_images": 500}, ("evaluation.ema_half_life_images", "500")),
     "average kept twice": ({"training.extra_ema_half_lives": [5, 5.0]}, ("training.extra_ema_half_lives", "5.0")),
     "average of no half-life": ({"training.extra_ema_half_lives": [0]}, ("training.extra_ema_half_lives", "0")),
@@ -264,6 +267,7 @@ TRAINING_CHANGES = {
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
     "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_buffers": "average",
     "training.precision": "bf16", "training.tf32": True, "training.extra_ema_half_lives": [1000],
+    "training.budgets": [16],
 }
 INFERENCE_CHANGES = {
     "sampling.sampler": "heun", "sampling.num_steps": 10, "sampling.batch_size": 7, "sampling.guidance_scale": 1.5,
@@ -280,6 +284,7 @@ CHANGES = [  # (changed keys, the training digest changes, the inference digest 
     *(({key: value}, True, True) for key, value in TRAINING_CHANGES.items()),
     ({f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"}, True, True),
     ({"training.extra_ema_half_lives": [500], "evaluation.ema_half_life_images": 500}, True, True),
+    ({"training.budgets": [8], "evaluation.budget_images": 8}, True, True),
     ({ROUTER: {"kind": EXPERT_RACE}}, True, True), ({"model.moe": None}, True, True), (DDPM, True, True),
     *(({key: value}, False, True) for key, value in INFERENCE_CHANGES.items()),
     *(({key: value}, False, False) for key, value in RUNTIME_CHANGES.items()),

@@ -20,6 +20,7 @@ from diffmoe.data import load_data
 from diffmoe.sample import load_trained
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked
 from diffmoe.training.distributed import ALONE, World
+from diffmoe.training.ema import average_file
 from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer
 
@@ -75,6 +76,43 @@ def test_several_averages_of_a_run_are_those_of_runs_with_one_and_are_chosen_aft
     for model in (whole.load_average(chosen, CPU),
                   load_trained(whole.folder / files[0], ["evaluation.ema_half_life_images=400.5"]).model(CPU)):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_a_budget_is_what_a_shorter_run_gives_and_the_run_goes_on_from_it(tmp_path):
+    budgets = ["training.budgets=[320, 640]", "training.extra_ema_half_lives=[400]"]
+    whole = digits_config("diffmoe", *SMALL, *budgets)
+    at = {images: replace(whole, evaluation=replace(whole.evaluation, budget_images=images)) for images in (320, 640)}
+    runs = [(320, train(tmp_path / "run", at[320])), (None, train(tmp_path / "run", whole)),
+            (640, train(tmp_path / "run", at[640]))]  # the last was passed on the way
+    assert [run.description["step"] for _, run in runs] == [20, 60, 40]
+    for images, run in runs:
+        short = train(tmp_path / f"{images}", digits_config(
+            "diffmoe", f"training.num_images={images or 960}", "training.extra_ema_half_lives=[400]"))
+        assert all(step <= run.description["step"] for step, _ in run.losses())
+        for half_life in (None, 400):
+            kept = load_weights(run.folder / average_file(half_life, images))[0]
+            expected = load_weights(short.folder / average_file(half_life))[0]
+            assert all(torch.equal(value, expected[name]) for name, value in kept.items())
+    chosen = load_trained(tmp_path / "run" / "ema.safetensors", ["evaluation.budget_images=320"])
+    assert chosen.description["step"] == 20
+    expected = runs[0][1].load_average(at[320], CPU).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in chosen.model(CPU).state_dict().items())
+
+
+def test_an_interrupted_run_to_a_budget_stops_there_too(tmp_path):
+    config = digits_config("diffmoe", *SMALL, "training.budgets=[320]", "evaluation.budget_images=320")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", config, deadline=time.monotonic())
+    parts, whole = train(tmp_path / "parts", config), train(tmp_path / "whole", config)
+    assert parts.losses() == whole.losses() and newest(tmp_path / "parts")["step"] == 20
+    (tmp_path / "parts" / average_file(budget_images=320)).unlink()
+    train(tmp_path / "parts", config)  # its checkpoint is of the same step
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", replace(config, evaluation=replace(config.evaluation, budget_images=None)),
+              progress=lambda step, losses: os.kill(os.getpid(), signal.SIGINT) if step == 30 else None)
+    (tmp_path / "parts" / average_file(budget_images=320)).unlink()
+    with pytest.raises(ConfigError, match="ema-at-320.safetensors: missing"):
+        train(tmp_path / "parts", config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,9 +11,15 @@ from diffmoe.config import EmaBuffers
 from diffmoe.training.parallel import local
 
 
-def average_file(half_life_images: float | None) -> str:
-    """Name the file of a run's average; None: the one of `training.ema_half_life_images`."""
-    return "ema.safetensors" if half_life_images is None else f"ema-{half_life_images:.15g}.safetensors"
+def average_file(half_life_images: float | None = None, budget_images: int | None = None) -> str:
+    """Name the file of a run's average.
+
+    Args:
+        half_life_images: None is the one of `training.ema_half_life_images`.
+        budget_images: None is the end of the run.
+    """
+    half_life = "" if half_life_images is None else f"-{half_life_images:.15g}"
+    return f"ema{half_life}{'' if budget_images is None else f'-at-{budget_images}'}.safetensors"
 
 
 class Ema:

@@ -65,21 +65,24 @@ class TrainedRun:
 
     def load_average(self, config: RunConfig, device: torch.device) -> DiT:
         """Return the averaged network in eval mode, with the inference options of `config`."""
-        weights, _ = load_weights(self.folder / average_file(config.evaluation.ema_half_life_images))
+        chosen = average_file(config.evaluation.ema_half_life_images, config.evaluation.budget_images)
+        weights, _ = load_weights(self.folder / chosen)
         model = build_model(config.model).to(device).eval()
         model.load_state_dict(weights)
         return model.set_backend(config.runtime.backend)
 
     def losses(self) -> list[list[Any]]:
-        """Return [step, {name: loss}] of each line of the log."""
+        """Return [step, {name: loss}] of each line of the log up to the step of the average."""
         return [[line["step"], {name: value for name, value in line.items() if name not in LOG_FIELDS}]
-                for line in read_lines(self.folder / LOG_FILE)]
+                for line in read_lines(self.folder / LOG_FILE) if line["step"] <= self.description["step"]]
 
 
 def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, device: torch.device, *,
               world: World = ALONE, deadline: float = math.inf,
               progress: Progress = lambda step, losses: None) -> TrainedRun:
-    """Train to the end, going on from the folder's newest checkpoint; a finished run is only returned.
+    """Train, going on from the folder's newest checkpoint; a run that got there before is only returned.
+
+    With `evaluation.budget_images` training pauses at that budget, to go on when a later one is asked for.
 
     Args:
         deadline: value of `time.monotonic()` at which to save and stop.
@@ -93,7 +96,7 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
     runtime = {f"runtime.{key}": value for key, value in to_dict(config.runtime).items() if key != "device"}
     world.require_agreement(identity | runtime | {"torch": torch.__version__})
     with locked(folder) if world.is_main else contextlib.nullcontext():
-        finished = folder / average_file(None)
+        finished = folder / average_file(budget_images=config.evaluation.budget_images)
         description = load_weights(finished)[1] if world.is_main and finished.exists() else None
         description = world.from_main(description)
         if description is not None:
@@ -115,6 +118,11 @@ class _Run:
         self.trainer = Trainer(config, seed, data, device, world)
         self.checkpoints = Checkpoints(folder, asynchronous=device.type == "cuda")
         description = self._go_on()
+        budget = config.evaluation.budget_images or config.training.num_images
+        self.num_steps = budget // config.training.batch_size
+        if self.trainer.step > self.num_steps:
+            raise ConfigError(f"{folder / average_file(budget_images=budget)}: missing, and the run is past it; "
+                              "put it back, or use another folder")
         self.watch = Watch(description.get("watch"))
         self.seconds = description.get("seconds", 0.0)
         self.objectives: list[Tensor] = []  # of the steps since the last look, still on the device
@@ -126,8 +134,10 @@ class _Run:
                                     for name in (LOG_FILE, "events.jsonl"))
 
     def train(self, deadline: float, progress: Progress) -> TrainedRun:
-        """Train to the end, see `train_run`."""
-        trainer, num_steps = self.trainer, self.config.training.num_steps
+        """Train to the end or budget, see `train_run`."""
+        trainer, num_steps = self.trainer, self.num_steps
+        batch_size, budgets = self.config.training.batch_size, self.config.training.budgets
+        passed = {images // batch_size: images for images in budgets if images // batch_size < num_steps}
         self.started = last_save = time.monotonic()
         self.last_line = trainer.step, self.started
         values: dict[str, float] = {}
@@ -147,6 +157,8 @@ class _Run:
                             self._save()
                             last_save = time.monotonic()
                         heart.start()
+                    if trainer.step in passed:
+                        self._keep_averages(passed[trainer.step])
                     progress(trainer.step, values)
                     stop = self._asked_to_stop(signals.received is not None or time.monotonic() > deadline)
             if trainer.step < num_steps:
@@ -154,9 +166,9 @@ class _Run:
                 self._save(final=True)
                 self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
                 raise Interrupted(signals.received)
-            description, averages = self._describe(), self.trainer.averages()
-            if self.world.is_main:
-                self._finish(averages, description)
+            description = self._keep_averages(self.config.evaluation.budget_images)
+            if self.config.evaluation.budget_images is not None:
+                self._save(final=True)  # to go on from
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)
@@ -250,17 +262,25 @@ class _Run:
     def _sync_logs(self) -> OSError | None:
         return self.losses.flush(sync=True) or self.events.flush(sync=True)
 
-    def _finish(self, averages: dict[float | None, dict[str, Tensor]], description: dict[str, Any]) -> None:
-        """Write the averaged networks in place of the checkpoints, last the one whose file says that all is done."""
+    def _keep_averages(self, budget_images: int | None) -> dict[str, Any]:
+        """Write the averaged networks, last the one whose file says that all is done; return their description.
+
+        At the end of the run they take the place of the checkpoints.
+        """
+        description, averages = self._describe(), self.trainer.averages()  # every process gives its share
+        if not self.world.is_main:
+            return description
         try:
             if error := self._sync_logs():
                 raise error
             for half_life, average in reversed(averages.items()):
-                save_weights(self.folder / average_file(half_life), average, description)
+                save_weights(self.folder / average_file(half_life, budget_images), average, description)
         except OSError as error:
             raise ConfigError(f"{self.folder}: the trained weights cannot be written ({reason(error)}); make room, and "
                               "the same command goes on from the last checkpoint") from None
-        self.checkpoints.clear()
+        if budget_images is None:
+            self.checkpoints.clear()
+        return description
 
 
 def _check_identity(path: Path, description: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ differs from the default in anything but the axis is in no table.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import sys
@@ -26,6 +25,7 @@ from diffmoe.cells import Row
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, RunConfig, digest, from_dict
 from diffmoe.records import Record, read_records
+from diffmoe.report.command import report_command
 from diffmoe.report.figures import data_digest, drawn_from
 from diffmoe.report.table import group_rows, log_distance, mean_log_distance, mean_sd, percent, protocol
 from diffmoe.report.table1 import format_table
@@ -228,18 +228,7 @@ def check_report(folder: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m ablations.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="ablations folder: records/*.json lie in it")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a file does not follow")
-    options = parser.parse_args(arguments)
-    if not options.check:
-        for path in write_report(options.folder):
-            print(path)
-        return 0
-    problems = check_report(options.folder)
-    print("\n".join(problems) or f"{options.folder}: every table and figure follows from the records")
-    return 1 if problems else 0
+    return report_command(arguments, "ablations.report", __doc__, write_report, check_report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import shutil
 import signal
 import sys
 import time
@@ -56,7 +55,10 @@ def main(arguments: list[str]) -> int:
         print(_axes_table(axes.values()))
         return 0
     if options.publish:
-        return publish(store, RESULTS / options.scale / "ablations")
+        folder = RESULTS / options.scale / "ablations"
+        store.publish(folder)
+        write_report(folder)
+        return 0
     require(options.seeds >= 1, "--seeds", options.seeds, "use 1 or more")
     resources = Resources(address=options.address, jobs=options.jobs, gpus_per_trial=options.gpus_per_trial)
     design = _design(options.scale, options.overrides, axes)
@@ -129,21 +131,6 @@ def _interruptible(*arguments: object) -> list[dict[str, object]]:
         return run_trials(*arguments)
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT) from None
-
-
-def publish(store: Store, folder: Path) -> int:
-    """Copy the user's new records beside the published ones and write the report from all of them."""
-    records = read_records(store.records)
-    if not records:
-        raise ConfigError(f"{store.records}: no record to publish; run the sweep first")
-    target = folder / "records"
-    target.mkdir(parents=True, exist_ok=True)
-    new = [record for record in records if not (target / f"{record.id}.json").exists()]
-    for record in new:
-        shutil.copy2(store.records / f"{record.id}.json", target)
-    write_report(folder)
-    print(f"published {len(new)} records to {folder}; {len(records) - len(new)} were there and stay as they are")
-    return 0
 
 
 def _design(scale: str, overrides: Sequence[str], axes: Mapping[str, Axis]) -> Design:

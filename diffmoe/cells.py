@@ -7,6 +7,7 @@ others), samples, measures, and writes one record. What is recorded is done; wha
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
-from diffmoe.records import Record, environment, write_record
+from diffmoe.records import Record, environment, read_records, write_record
 from diffmoe.training.run import Progress, train_run
 
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
@@ -86,6 +87,23 @@ class Store:
     def has(self, cell: Cell, data: TrainingData) -> bool:
         """Say whether a cell is recorded."""
         return (self.records / f"{cell.record_id(data)}.json").exists()
+
+    def publish(self, folder: Path) -> list[Record]:
+        """Copy the records that `folder`/records lacks and return them; what is there stays as it is.
+
+        Raises:
+            ConfigError: when there is none to copy.
+        """
+        records = read_records(self.records)
+        if not records:
+            raise ConfigError(f"{self.records}: no record to publish; run the cells first")
+        target = folder / "records"
+        target.mkdir(parents=True, exist_ok=True)
+        new = [record for record in records if not (target / f"{record.id}.json").exists()]
+        for record in new:
+            shutil.copy2(self.records / f"{record.id}.json", target)
+        print(f"published {len(new)} records to {folder}; {len(records) - len(new)} were there and stay as they are")
+        return new
 
 
 def run_name(record: Record) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections import Counter
@@ -158,16 +157,8 @@ def scales() -> list[str]:
 
 def publish(store: Store, folder: Path) -> int:
     """Copy the user's new records beside the published ones and write the report from all of them."""
-    records = read_records(store.records)
-    if not records:
-        raise ConfigError(f"{store.records}: no record to publish; run make reproduce-table1 first")
-    (folder / "records").mkdir(parents=True, exist_ok=True)
-    new = [record for record in records if not (folder / "records" / f"{record.id}.json").exists()]
-    for record in new:
-        shutil.copy2(store.records / f"{record.id}.json", folder / "records")
-    publish_weights(new, store, folder / "checkpoints")
+    publish_weights(store.publish(folder), store, folder / "checkpoints")
     write_report(folder)
-    print(f"published {len(new)} records to {folder}; {len(records) - len(new)} were there and stay as they are")
     return 0
 
 

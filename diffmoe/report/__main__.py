@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
 from diffmoe.records import Record, read_records
+from diffmoe.report.command import report_command
 from diffmoe.report.cost import cost_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
 from diffmoe.report.figures import data_digest, drawn_from, figures_csv, write_figures
@@ -96,21 +96,7 @@ def _strays(folder: Path, files: dict[str, str]) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m diffmoe.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="results folder: records/*.json lie in it")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a file does not follow")
-    options = parser.parse_args(arguments)
-    if not options.check:
-        for path in write_report(options.folder):
-            print(path)
-        return 0
-    problems = check_report(options.folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{options.folder}: table, verdicts and figures follow from the records")
-    return 1 if problems else 0
+    return report_command(arguments, "diffmoe.report", __doc__, write_report, check_report)
 
 
 if __name__ == "__main__":

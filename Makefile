@@ -31,6 +31,7 @@ mlflow-ui: setup
 
 check-results: setup
 	$(BIN)/python -m diffmoe.report results/digits --check
+	$(BIN)/python -m ablations.report results/digits/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check
 	$(BIN)/python -m diffmoe.report.readme --check
 

@@ -360,8 +360,8 @@ class RuntimeConfig:
     """`cpu`, `cuda`, or `auto`."""
     backend: Backend = field(default=Backend.AUTO, metadata=RUNTIME)
     """Expert backend."""
-    compile: bool = field(default=False, metadata=RUNTIME)
-    """torch.compile of the network."""
+    compile: bool | None = field(default=False, metadata=RUNTIME)
+    """torch.compile of the network, and on a GPU CUDA graphs of it; null: on a GPU, not on a CPU."""
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
     parallel: Parallel = field(default=Parallel.DDP, metadata=RUNTIME)
@@ -374,6 +374,10 @@ class RuntimeConfig:
         require_not_negative(self, "max_skipped_steps")
         require(self.micro_batch_size is None or self.micro_batch_size >= 1, "runtime.micro_batch_size",
                 self.micro_batch_size, "use 1 or more, or null")
+
+    def compiles(self, device_type: str) -> bool:
+        """Say whether to compile on a device."""
+        return device_type == "cuda" if self.compile is None else self.compile
 
 
 @dataclass(frozen=True, kw_only=True)

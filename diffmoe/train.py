@@ -75,7 +75,7 @@ def describe(config: RunConfig) -> str:
     if bound < LONGEST_TRIAL_STEP_S:
         seconds, peak = try_steps(config, device)
         cost = [f"# time: {hours(steps * seconds)} here, at {seconds:.3g} s for each of {TRIAL_STEPS} steps just made"
-                f"{' (not compiled)' if config.runtime.compile else ''}",
+                f"{' (not compiled)' if config.runtime.compiles(device.type) else ''}",
                 f"# memory: {peak / 2**20:,.0f} MiB at the peak of those steps, {state / 2**20:,.1f} MiB of it for "
                 "weights, gradients, AdamW and average"]
     else:

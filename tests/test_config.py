@@ -291,6 +291,12 @@ CHANGES = [  # (changed keys, the training digest changes, the inference digest 
 ]
 
 
+@pytest.mark.parametrize(("chosen", "cuda", "cpu"), [(None, True, False), (True, True, True), (False, False, False)])
+def test_null_compiles_on_a_gpu_alone(chosen, cuda, cpu):
+    runtime = run_config({"runtime.compile": chosen}).runtime
+    assert (runtime.compiles("cuda"), runtime.compiles("cpu")) == (cuda, cpu)
+
+
 def both_digests(config) -> tuple[str, str]:
     return digest(config, scope="training"), digest(config, scope="inference")
 

@@ -100,7 +100,7 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
     size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
     # Where it pays: a CUDA graph of a call, since the host launches a call's kernels slower than they run.
-    many = config.runtime.compile and len(seeds) >= 2 * size
+    many = config.runtime.compiles(model.positions.device.type) and len(seeds) >= 2 * size
     compiled = torch.compile(model, mode="reduce-overhead", dynamic=False) if many else model
     next_noise = StartNoise(config, seeds[:size])
     for start in range(0, len(seeds), size):

@@ -36,7 +36,7 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
     if config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL:
         for layer in model.moe_layers().values():
             layer.router.world = world
-    if config.runtime.compile:  # block by block: blocks of a kind share their code, made once instead of for each
+    if config.runtime.compiles(device.type):  # block by block: blocks of a kind share their code
         for block in model.blocks:
             block.compile()
     if world.size > 1 and config.runtime.parallel is Parallel.FSDP:

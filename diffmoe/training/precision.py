@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
 
 from diffmoe.config import Precision, TrainingConfig
+
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # torch.compile's advice: training.tf32
 
 
 def autocast(training: TrainingConfig, device: torch.device) -> torch.autocast:

@@ -73,14 +73,15 @@ class Trainer:
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
-        self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, config.runtime.compile)
+        compiled = config.runtime.compiles(device.type)
+        self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
         self.network = distribute(self.model, averages, config, world, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             fused=device.type == "cuda")
-        graphed = config.runtime.compile and device.type == "cuda" and world.size == 1
+        graphed = compiled and device.type == "cuda" and world.size == 1
         self.gradients = GraphedGradients(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]

@@ -15,6 +15,7 @@ from statistics import median
 
 from diffmoe.cells import Row
 from diffmoe.config import SIZES, ConfigError, ModelConfig, RunConfig, Sampler, digest
+from diffmoe.data.latent_data import LATENTS
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.report.table1 import format_table
 
@@ -67,8 +68,12 @@ def size_name(model: ModelConfig) -> str:
     return f"{name}-E{model.moe.num_experts}" if name and model.moe else name
 
 
-def measured_throughputs(folder: Path) -> dict[tuple[str, str], float]:
-    """Return images a second of our measured training on latents by (size, system), the fastest batch of each.
+def measured_throughputs(folder: Path, workload: str) -> dict[tuple[str, str], float]:
+    """Return images a second of our measured training by (size, system), the fastest batch of each.
+
+    Args:
+        folder: of the bench's records.
+        workload: the bench's name of the data.
 
     Raises:
         ConfigError: for a file that is no record of the bench.
@@ -79,10 +84,11 @@ def measured_throughputs(folder: Path) -> dict[tuple[str, str], float]:
             for result in json.loads(path.read_text())["results"]:
                 case = result["case"]
                 if (case["workload"], case["work"], case["implementation"], result["status"]) != (
-                        "latent", "train", "ours", "ok"):
+                        workload, "train", "ours", "ok"):
                     continue
                 milliseconds = median(sample for visit in result["samples_ms"] for sample in visit)
-                key = case["size"], case["system"]
+                dense = case["system"] == "dense"  # beside a mixture it is timed under that one's size
+                key = case["size"].partition("-")[0] if dense else case["size"], case["system"]
                 found[key] = max(found.get(key, 0.0), 1e3 * case["batch"] / milliseconds)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a record of the bench ({type(error).__name__}: {error})") from None
@@ -91,12 +97,11 @@ def measured_throughputs(folder: Path) -> dict[tuple[str, str], float]:
 
 def costs(rows: Sequence[Row], bench: Path) -> list[Cost]:
     """Return what each row costs, by the bench's records in the folder `bench` or by the assumption."""
-    measured = measured_throughputs(bench)
     found = []
     for row in rows:
-        model = row.config.model
-        names = (size_name(model), size_name(model).partition("-")[0])  # the bench may name a dense model either way
-        speed = next((measured[name, row.system] for name in names if (name, row.system) in measured), None)
+        model, data = row.config.model, row.config.data.name
+        measured = measured_throughputs(bench, "latent" if data == LATENTS else data)
+        speed = measured.get((size_name(model), row.system))
         assumed = ASSUMED_MFU * ASSUMED_PEAK / (3 * flops_per_call(model))
         found.append(Cost(row, speed or assumed, speed is not None))
     return found
@@ -121,7 +126,7 @@ def plan(tables: Mapping[str, Sequence[Row]], seeds: int, gpus: int, bench: Path
             sampling_hours += seeds * cost.sampling_hours
         parts.append(f"{name}\n\n{format_table(lines)}\n")
     return "\n".join([
-        *parts, f"In all: {sum(trained.values()):,.0f} GPU hours of training, {sampling_hours:,.0f} of sampling; "
+        *parts, f"In all: {_hours(sum(trained.values()))} GPU hours of training, {_hours(sampling_hours)} of sampling; "
         f"{sum(map(len, tables.values()))} rows x {seeds} seeds, {len(trained)} trainings a seed.", "",
         f"Memory: of one of {gpus} GPUs with DDP. State: weights, gradients, AdamW's moments, averages, in float32. "
         "Activations: an",
@@ -137,7 +142,11 @@ def _line(cost: Cost, seeds: int, gpus: int, *, shared: bool) -> list[str]:
     return [cost.row.label, f"{count.total / 1e6:,.1f}", f"{count.activated_paper(capacity) / 1e6:,.1f}",
             f"{flops_per_call(config.model, capacity) / 1e9:,.1f}", f"{state_bytes(config, count.total) / 2**30:,.1f}",
             f"{activation_bytes(config, gpus) / 2**30:,.1f}", f"{cost.throughput:,.0f}{'' if cost.measured else ' ?'}",
-            "shared" if shared else f"{seeds * cost.training_hours:,.0f}", f"{seeds * cost.sampling_hours:,.1f}"]
+            "shared" if shared else _hours(seeds * cost.training_hours), _hours(seeds * cost.sampling_hours)]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
 
 
 def state_bytes(config: RunConfig, num_parameters: int) -> int:

@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
                         help="processes at work at a time, each with one thread (default: a core each; on a GPU 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
-    parser.add_argument("--dry-run", action="store_true", help="list the missing cells; of latents, what rows cost")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="list the missing cells; without published records also what rows cost on a GPU")
     parser.add_argument("--gpus", type=int, default=8, metavar="N",
                         help="with --dry-run: GPUs that memory is stated for (default: 8)")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/records and stop")
@@ -70,10 +71,12 @@ def main(arguments: list[str]) -> int:
     if options.publish:
         return publish(store, RESULTS / options.scale)
     tables = [load_rows(path, scale, options.overrides) for path in options.rows]
-    if options.dry_run and tables[0][0].config.data.name == LATENTS:
+    published = RESULTS / options.scale
+    if options.dry_run and not (published / "records").is_dir():
         named = dict(zip(map(str, options.rows), tables, strict=True))
         print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
-        return 0
+        if tables[0][0].config.data.name == LATENTS:  # to list the cells would need them
+            return 0
     require(len(tables) == 1, "--rows", len(tables), "give one file: a table is one protocol in one folder (--out)")
     rows = tables[0]
     data = load_data(rows[0].config.data, rows[0].config.model)
@@ -84,7 +87,7 @@ def main(arguments: list[str]) -> int:
     jobs = min(options.jobs or (1 if device.type == "cuda" else cpu_count()), max(1, len(groups)))
     wanted = len(rows) * options.seeds
     print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run, "
-          f"{jobs} at a time; {estimate(groups, jobs, RESULTS / options.scale)}", flush=True)
+          f"{jobs} at a time; {estimate(groups, jobs, published)}", flush=True)
     if options.dry_run:
         for cell in cells:
             print(f"  {cell.record_id(data)}")

@@ -119,14 +119,15 @@ def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: i
         os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                                   "MASTER_PORT": str(port)}
     run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, save_every_s, HANG_S
-    finish_run = run._Run._finish
+    keep_averages = run._Run._keep_averages
 
-    def finish_and_show_the_state(under_way: run._Run, average: dict, description: dict) -> None:
-        with suppress(OSError):  # of a full disk: the run itself is to say so
-            save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
-        finish_run(under_way, average, description)
+    def show_the_state_too(under_way: run._Run, budget_images: int | None) -> dict:
+        if under_way.world.is_main:
+            with suppress(OSError):  # of a full disk: the run itself is to say so
+                save_weights(folder / "state.safetensors", under_way.trainer.state(), {})
+        return keep_averages(under_way, budget_images)
 
-    run._Run._finish = finish_and_show_the_state
+    run._Run._keep_averages = show_the_state_too
 
     def main(_: list[str]) -> int:
         config = tiny_config(*overrides)

@@ -231,10 +231,11 @@ def test_a_record_of_another_configuration_is_in_no_table_and_another_default_is
     assert "default" in one_line(caught.value)
 
 
-def test_publishing_copies_what_is_new_and_changes_nothing_that_is_there(folder, tmp_path):
-    target = tmp_path / "published"
-    assert sweep.publish(Store(folder), target) == 0
+def test_publishing_copies_what_is_new_and_changes_nothing_that_is_there(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    target = tmp_path / "digits" / "ablations"
+    assert sweep.main(["--out", str(folder), "--publish"]) == 0
     assert report.check_report(target) == []
     before = {path: path.stat().st_mtime_ns for path in (target / "records").iterdir()}
-    assert sweep.publish(Store(folder), target) == 0
+    assert sweep.main(["--out", str(folder), "--publish"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (target / "records").iterdir()}

@@ -63,6 +63,18 @@ def test_hours_follow_from_a_measured_throughput_or_are_marked_as_assumed(tmp_pa
         plan.costs(rows("flow-700k"), tmp_path)
 
 
+def test_throughput_is_that_of_the_same_data(tmp_path):
+    case = {"workload": "cifar10", "work": "train", "implementation": "ours", "size": "S-E16", "batch": 512}
+    results = [{"case": case | {"system": system}, "status": "ok", "samples_ms": [[ms]]}
+               for system, ms in (("dense", 20.0), ("diffmoe", 32.0))]
+    (tmp_path / "bench-cifar10-1.json").write_text(json.dumps({"results": results}))
+    table = load_rows(BASELINES / "table1.yaml", reproduce.CONFIGS / "cifar10.yaml")
+    speed = {cost.row.label: cost.throughput for cost in plan.costs(table, tmp_path) if cost.measured}
+    assert speed == {"Dense": 512 / 0.02} | dict.fromkeys(
+        ("DiffMoE (static)", "DiffMoE (dynamic)", "DiffMoE (per-token threshold)"), 512 / 0.032)
+    assert not any(cost.measured for cost in plan.costs(rows("flow-700k"), tmp_path))
+
+
 def test_a_training_that_two_tables_share_is_counted_once(tmp_path):
     plain, guided = rows("flow-7000k"), rows("flow-7000k-guided")
     assert [digest(row.config, scope="training") for row in plain] == [

@@ -20,10 +20,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from diffmoe.bench.timing import describe_error, free_memory, time_visit
-from diffmoe.config import ModelConfig, Precision
+from diffmoe.config import ModelConfig
 from diffmoe.models.dit import Block
 from diffmoe.moe.layer import MoE
 from diffmoe.training.graph import EAGER_CALLS
+from diffmoe.training.precision import autocast
 from diffmoe.training.trainer import Trainer
 
 VISIT_SECONDS = 0.3
@@ -161,7 +162,7 @@ def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
     hooks = [module.register_forward_pre_hook(keep(name)) for name, module in watched.items()]
     batch = trainer.batch(0).rows(slice(0, trainer.micro_batch))
     try:
-        with torch.no_grad(), _autocast(trainer):
+        with torch.no_grad(), autocast(trainer.config.training, trainer.device):
             model(batch.images, batch.times, batch.labels)
     finally:
         for hook in hooks:
@@ -199,11 +200,11 @@ def _forward_backward(part: Part, trainer: Trainer) -> tuple[Callable[[], Any], 
     """Return a call that goes forward and backward through a part, and how it runs."""
     forward, leaves = part.work()
     compiled = torch.compile(forward) if trainer.config.runtime.compile else forward
-    with _autocast(trainer):
+    with autocast(trainer.config.training, trainer.device):
         gradients = [torch.randn_like(output) for output in _differentiable(compiled())]
 
     def call() -> None:
-        with _autocast(trainer):
+        with autocast(trainer.config.training, trainer.device):
             outputs = _differentiable(compiled())
         torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)  # never touches `.grad` of the trainer
 
@@ -229,8 +230,3 @@ def _differentiable(outputs: Any) -> list[Tensor]:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def _autocast(trainer: Trainer) -> torch.autocast:
-    enabled = trainer.config.training.precision is Precision.BF16
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from diffmoe.bench.capacity import calibrate, drawn_model, expert_rates, fill_zeros, set_thresholds
 from diffmoe.bench.cases import Case, random_images
-from diffmoe.config import ModelConfig, Precision, RunConfig
+from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.data import ImageData
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, sample_images
 from diffmoe.models.counting import flops_per_call
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.training.graph import EAGER_CALLS
+from diffmoe.training.precision import autocast
 from diffmoe.training.trainer import Trainer
 
 WARM_UP = {"train": EAGER_CALLS + 2, "sample": 1, "forward": 4}
@@ -136,9 +137,7 @@ class Forward:
 
     def call(self) -> ModelOutput:
         """Predict for a batch."""
-        device = self.inputs[0].device
-        bf16 = self.config.training.precision is Precision.BF16
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(self.config.training, self.inputs[0].device):
             return self.network(*self.inputs, FIRST_ROW_BOUND)
 
     def scope(self) -> contextlib.AbstractContextManager:

@@ -38,9 +38,9 @@ Statistics = dict[str, np.ndarray]
 """`mu` (D,) and `sigma` (D, D), float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
-    """What a file in ADM's format holds."""
+    """What a file in ADM's format holds; equal to itself alone, as a key of `reference_features`."""
 
     digest: str
     """12 hex digits of the file's content."""
@@ -106,6 +106,13 @@ def extract(images: Tensor, weights_path: Path | None, device: torch.device, bat
     return tuple(torch.cat([part[place].cpu() for part in parts]).double() for place in range(3))
 
 
+@functools.lru_cache(maxsize=1)
+def reference_features(reference: Reference, weights_path: Path | None, device: torch.device,
+                       batch_size: int) -> tuple[Tensor, ...]:
+    """Return `extract` of a reference's images; the last ones are kept, since many samples meet one reference."""
+    return extract(reference.images, weights_path, device, batch_size)
+
+
 def measure_adm(samples: Tensor, reference: Reference, *, device: torch.device, weights_path: Path | None = None,
                 kid_subset_size: int = 1000, batch_size: int = 64) -> dict[str, float]:
     """Measure samples, uint8 (N, 3, H, W), as this file's head says.
@@ -117,7 +124,7 @@ def measure_adm(samples: Tensor, reference: Reference, *, device: torch.device, 
             f"the reference has images of {tuple(reference.images.shape[1:])}")
     require(len(samples) >= MIN_SAMPLES, "samples", len(samples), f"draw {MIN_SAMPLES} or more")
     pooled, logits, spatial = extract(samples, weights_path, device, batch_size)
-    real_pooled, _, real_spatial = extract(reference.images, weights_path, device, batch_size)
+    real_pooled, _, real_spatial = reference_features(reference, weights_path, device, batch_size)
     kid = kid_features_to_metric(pooled, real_pooled, kid_subset_size=kid_subset_size, rng_seed=RNG_SEED, verbose=False)
     neighbours = prc_features_to_metric(pooled, real_pooled, save_cpu_ram=True, verbose=False)
     score = isc_features_to_metric(logits, splits=max(1, len(logits) // SCORE_PART), shuffle=False)

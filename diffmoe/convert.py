@@ -285,8 +285,8 @@ def convert_to_reference(source: Path, target: Path, options: argparse.Namespace
 
 
 def _run_config(paths: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
-    theirs = len(paths) == 1 and isinstance(read_yaml(paths[0]).get("model"), dict) and "target" in read_yaml(
-        paths[0])["model"]
+    model = read_yaml(paths[0]).get("model") if len(paths) == 1 else None
+    theirs = isinstance(model, dict) and "target" in model
     return read_settings(paths[0], overrides) if theirs else load_config(paths, overrides)
 
 

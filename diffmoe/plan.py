@@ -16,13 +16,11 @@ from statistics import median
 from diffmoe.cells import Row
 from diffmoe.config import SIZES, ConfigError, ModelConfig, RunConfig, Sampler, digest
 from diffmoe.data.latent_data import LATENTS
-from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.models.counting import count_parameters, flops_per_call, state_bytes
 from diffmoe.report.table1 import format_table
 
 ASSUMED_MFU, ASSUMED_PEAK = 0.30, 989e12
 """Share of an H100's dense bf16 peak, operations a second."""
-STATE_BYTES = 20
-"""A parameter: float32 weight, gradient, two moments, average; 4 more for each further average."""
 ACTIVATION_BYTES = 34
 """A token, width and block in 16 bits without the attention matrix (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1);
 an estimate, which leaves out adaLN and the experts' gathered copies."""
@@ -68,27 +66,23 @@ def size_name(model: ModelConfig) -> str:
     return f"{name}-E{model.moe.num_experts}" if name and model.moe else name
 
 
-def measured_throughputs(folder: Path, workload: str) -> dict[tuple[str, str], float]:
-    """Return images a second of our measured training by (size, system), the fastest batch of each.
-
-    Args:
-        folder: of the bench's records.
-        workload: the bench's name of the data.
+def measured_throughputs(folder: Path) -> dict[tuple[str, str, str], float]:
+    """Return images a second of our measured training by (workload, size, system), the fastest batch of each.
 
     Raises:
         ConfigError: for a file that is no record of the bench.
     """
-    found: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str, str], float] = {}
     for path in sorted(folder.glob("bench-*.json")):
         try:
             for result in json.loads(path.read_text())["results"]:
                 case = result["case"]
-                if (case["workload"], case["work"], case["implementation"], result["status"]) != (
-                        workload, "train", "ours", "ok"):
+                if (case["work"], case["implementation"], result["status"]) != ("train", "ours", "ok"):
                     continue
                 milliseconds = median(sample for visit in result["samples_ms"] for sample in visit)
                 dense = case["system"] == "dense"  # beside a mixture it is timed under that one's size
-                key = case["size"].partition("-")[0] if dense else case["size"], case["system"]
+                size = case["size"].partition("-")[0] if dense else case["size"]
+                key = case["workload"], size, case["system"]
                 found[key] = max(found.get(key, 0.0), 1e3 * case["batch"] / milliseconds)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a record of the bench ({type(error).__name__}: {error})") from None
@@ -97,11 +91,11 @@ def measured_throughputs(folder: Path, workload: str) -> dict[tuple[str, str], f
 
 def costs(rows: Sequence[Row], bench: Path) -> list[Cost]:
     """Return what each row costs, by the bench's records in the folder `bench` or by the assumption."""
+    measured = measured_throughputs(bench)
     found = []
     for row in rows:
         model, data = row.config.model, row.config.data.name
-        measured = measured_throughputs(bench, "latent" if data == LATENTS else data)
-        speed = measured.get((size_name(model), row.system))
+        speed = measured.get(("latent" if data == LATENTS else data, size_name(model), row.system))
         assumed = ASSUMED_MFU * ASSUMED_PEAK / (3 * flops_per_call(model))
         found.append(Cost(row, speed or assumed, speed is not None))
     return found
@@ -147,11 +141,6 @@ def _line(cost: Cost, seeds: int, gpus: int, *, shared: bool) -> list[str]:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
-
-
-def state_bytes(config: RunConfig, num_parameters: int) -> int:
-    """Return the bytes of weights, gradients, moments and averages."""
-    return (STATE_BYTES + 4 * len(config.training.extra_ema_half_lives)) * num_parameters
 
 
 def activation_bytes(config: RunConfig, gpus: int) -> int:

@@ -68,10 +68,10 @@ def main(arguments: list[str]) -> int:
     if not scale.exists():
         raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}")
     store = Store(options.out or RESULTS / options.scale / "local")
-    if options.publish:
-        return publish(store, RESULTS / options.scale)
-    tables = [load_rows(path, scale, options.overrides) for path in options.rows]
     published = RESULTS / options.scale
+    if options.publish:
+        return publish(store, published)
+    tables = [load_rows(path, scale, options.overrides) for path in options.rows]
     if options.dry_run and not (published / "records").is_dir():
         named = dict(zip(map(str, options.rows), tables, strict=True))
         print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))

@@ -24,7 +24,7 @@ from diffmoe.config import RunConfig, digest, load_config, to_dict
 from diffmoe.data import ImageData, load_data
 from diffmoe.evaluation.grid import grid_seeds, save_class_grid
 from diffmoe.evaluation.sampling import sample_images
-from diffmoe.models.counting import count_parameters, flops_per_call
+from diffmoe.models.counting import count_parameters, flops_per_call, state_bytes
 from diffmoe.records import peak_memory_bytes
 from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.distributed import join_world
@@ -70,7 +70,7 @@ def describe(config: RunConfig) -> str:
     count, flops = count_parameters(config.model), flops_per_call(config.model)
     step_flops = 3 * flops * config.training.batch_size
     steps, device = config.training.num_steps, choose_device(config.runtime.device)
-    state = 20 * count.total  # bytes: weights, gradients, two moments and the average, 4 each
+    state = state_bytes(config, count.total)
     bound = step_flops / matrix_product_rate(device)
     if bound < LONGEST_TRIAL_STEP_S:
         seconds, peak = try_steps(config, device)

@@ -31,10 +31,10 @@ from diffmoe.bench.timing import (
     time_visit,
 )
 from diffmoe.config import ConfigError, RunConfig
-from diffmoe.models.counting import count_parameters
+from diffmoe.models.counting import STATE_BYTES, count_parameters
 
-BYTES_A_PARAMETER = {"train": 20, "sample": 6, "forward": 6}
-"""float32 weight, gradient, two moments, average; at inference the weight and its bf16 copy."""
+BYTES_A_PARAMETER = {"train": STATE_BYTES, "sample": 6, "forward": 6}
+"""At inference the float32 weight and its bf16 copy."""
 MOST_OF_MEMORY = 0.92
 """Share of the free memory that a search expects to use."""
 RECOMPILE_LIMIT = 10_000

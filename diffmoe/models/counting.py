@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.config import ModelConfig
+from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import Routing
 
 PREDICTOR = ".router.predictor."
+STATE_BYTES = 20
+"""A parameter in training: float32 weight, gradient, two moments, average."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,8 @@ class _NoExperts(torch.nn.Module):
 
     def forward(self, x_SD: Tensor, routing: Routing) -> Tensor:
         return x_SD
+
+
+def state_bytes(config: RunConfig, num_parameters: int) -> int:
+    """Return the bytes of weights, gradients, moments and averages of a training."""
+    return (STATE_BYTES + 4 * len(config.training.extra_ema_half_lives)) * num_parameters

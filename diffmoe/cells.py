@@ -59,6 +59,11 @@ class Cell:
         """Name the cell to a reader."""
         return f"{self.row.label}, seed {self.seed}"
 
+    @property
+    def training(self) -> tuple[str, int]:
+        """Name the training run that the cell shares with others."""
+        return digest(self.row.config, scope="training"), self.seed
+
     def record_id(self, data: TrainingData) -> str:
         """Name the record that this cell writes."""
         return f"{self.row.key}-{digest(self.row.config)}-s{self.seed}-{data.digest}"
@@ -82,7 +87,7 @@ class Store:
 
     def run_folder(self, cell: Cell, data: TrainingData) -> Path:
         """The folder of a cell's training run."""
-        return self.folder / "runs" / _run_name(digest(cell.row.config, scope="training"), cell.seed, data.digest)
+        return self.folder / "runs" / _run_name(*cell.training, data.digest)
 
     def has(self, cell: Cell, data: TrainingData) -> bool:
         """Say whether a cell is recorded."""
@@ -118,7 +123,8 @@ def _run_name(training_digest: str, seed: int, data_digest: str) -> str:
 def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Row]:
     """Read a file of rows and lay each over the scale's configuration, then the overrides.
 
-    `larger: true` takes the scale's `<scale>-larger.yaml` too.
+    `larger: true` takes the scale's `<scale>-larger.yaml` too; `set` changes settings, `at: {<scale>: ...}` at one
+    scale alone; `vary: {key: [values]}` makes a row of each value.
 
     Raises:
         ConfigError: for a file or a row that cannot be used.
@@ -130,17 +136,37 @@ def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Ro
     rows = []
     for entry in entries:
         larger = [scale.with_name(f"{scale.stem}-larger.yaml")] if entry.get("larger") else []
-        changes = [f"{key}={yaml.safe_dump(value).removesuffix('...').strip()}"
-                   for key, value in entry.get("set", {}).items()]
-        config = load_config([scale, *larger, path.parent / entry["config"]], [*changes, *overrides])
-        rows.append(Row(key=entry["row"], label=entry["label"], system=entry["system"], config=config,
-                        threshold_sweep=entry.get("threshold_sweep", False)))
+        files = [scale, *larger, path.parent / entry["config"]]
+        changes = entry.get("set", {}) | entry.get("at", {}).get(scale.stem, {})
+        for suffix, varied in _variants(entry.get("vary", {})):
+            config = load_config(files, [*_assignments(changes | varied), *overrides])
+            rows.append(Row(key="-".join([entry["row"], *suffix]), label=", ".join([entry["label"], *suffix]),
+                            system=entry["system"], config=config, threshold_sweep=entry.get("threshold_sweep", False)))
     return rows
 
 
+def _variants(vary: dict[str, list[Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Return the end of a row's name with its settings, for each value of one key; without a key the row itself."""
+    if not vary:
+        return [([], {})]
+    ((key, values),) = vary.items()
+    return [([f"{value:g}" if isinstance(value, float) else str(value)], {key: value}) for value in values]
+
+
+def _assignments(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={yaml.safe_dump(value).removesuffix('...').strip()}" for key, value in settings.items()]
+
+
+def at_budgets(rows: Sequence[Row]) -> list[Row]:
+    """Return each row once for each of its `training.budgets`, and for the whole run."""
+    return [replace(row, config=replace(row.config, evaluation=replace(row.config.evaluation, budget_images=budget)))
+            for row in rows for budget in (*row.config.training.budgets, None)]
+
+
 def missing_cells(rows: Sequence[Row], seeds: Sequence[int], data: TrainingData, store: Store) -> list[Cell]:
-    """Return the cells without a record: seed by seed, and in a seed in the rows' order."""
-    return [cell for seed in seeds for cell in (Cell(row, seed) for row in rows) if not store.has(cell, data)]
+    """Return the cells without a record: the smallest budget first, then seed by seed, then in the rows' order."""
+    cells = [cell for seed in seeds for cell in (Cell(row, seed) for row in rows) if not store.has(cell, data)]
+    return sorted(cells, key=lambda cell: cell.row.config.images_seen)
 
 
 def check_cells(cells: Sequence[Cell], data: TrainingData) -> None:
@@ -189,7 +215,7 @@ def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Put cells that share a training run together, in the order of each group's first cell."""
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((digest(cell.row.config, scope="training"), cell.seed), []).append(cell)
+        groups.setdefault(cell.training, []).append(cell)
     return list(groups.values())
 
 
@@ -216,7 +242,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     sampling_s = time.perf_counter() - started
     grids = store.folder / "samples"
     grids.mkdir(exist_ok=True)
-    save_class_grid(grids / f"{cell.row.key}-s{cell.seed}.png", samples.images, samples.labels)
+    budget = f"-at-{config.images_seen}" if config.training.budgets else ""
+    save_class_grid(grids / f"{cell.row.key}{budget}-s{cell.seed}.png", samples.images, samples.labels)
     started = time.perf_counter()
     metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
@@ -227,7 +254,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         training_digest=digest(config, scope="training"),
         data={"name": data.name, "digest": data.digest, "num_images": len(data)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
-                  "seconds": run.description["seconds"], "losses": run.losses()},
+                  "seconds": run.description["seconds"], "images_per_second": run.images_per_second(),
+                  "losses": run.losses()},
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s,
                     "reference": reference_digest(config.evaluation, data),

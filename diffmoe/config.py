@@ -412,6 +412,11 @@ class RunConfig:
         if self.model.moe is not None:
             resolve_router(self.model.moe.router.kind).check_batch(self.model, self.model.moe, self.training.batch_size)
 
+    @property
+    def images_seen(self) -> int:
+        """Training images behind the average that is measured: a budget's, or the whole run's."""
+        return self.evaluation.budget_images or self.training.num_images
+
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise ConfigError with one line that names the key, the value and the remedy, unless `condition`."""

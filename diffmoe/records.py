@@ -49,7 +49,8 @@ class Record:
     data: dict[str, Any]
     """`name`, `digest`, `num_images`."""
     training: dict[str, Any]
-    """`steps`, `images`, `seconds`, `losses`: [[step, {name: value}], ...]."""
+    """`steps`, `images`, `seconds`, `images_per_second` (median, start and checkpoints left out), `losses`: [[step,
+    {name: value}], ...]."""
     sampling: dict[str, Any]
     """`num_samples`, `seconds`."""
     evaluation: dict[str, Any]
@@ -117,9 +118,13 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe code and machine without naming host, user or path."""
+    """Describe code and machine without naming host, user or path.
+
+    Where the code runs without its git folder, the variable DIFFMOE_COMMIT names its commit.
+    """
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    return {"commit": _git("rev-parse", "HEAD") or os.environ.get("DIFFMOE_COMMIT", ""),
+            "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
             "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads(),
             "peak_memory_bytes": peak_memory_bytes(device)}

@@ -1,4 +1,4 @@
-"""Reproduce the paper's main table at a scale: run the cells that are missing, seed by seed, then write the table.
+"""Reproduce the paper's main table at a scale: run the cells that are missing, cheapest first, then write the table.
 
     python -m diffmoe.reproduce --rows baselines/table1.yaml --scale digits
 
@@ -21,7 +21,17 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from diffmoe.cells import Cell, Store, check_cells, group_by_training, load_rows, missing_cells, run_cell, run_name
+from diffmoe.cells import (
+    Cell,
+    Store,
+    at_budgets,
+    check_cells,
+    group_by_training,
+    load_rows,
+    missing_cells,
+    run_cell,
+    run_name,
+)
 from diffmoe.cli import TrainingBar, choose_device, run_command
 from diffmoe.config import ConfigError, require
 from diffmoe.data import load_data
@@ -33,7 +43,7 @@ from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.workers import RunCell, cpu_count, run_groups
+from diffmoe.workers import RunCell, cpu_count, run_cells, visible_gpus
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path("results")
@@ -54,7 +64,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
                         help="save and stop after this long; the same command goes on")
     parser.add_argument("--jobs", type=int, metavar="N",
-                        help="processes at work at a time, each with one thread (default: a core each; on a GPU 1)")
+                        help="processes at work at a time, each with one thread (default: one a GPU, else a core)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true",
@@ -78,13 +88,14 @@ def main(arguments: list[str]) -> int:
         if tables[0][0].config.data.name == LATENTS:  # to list the cells would need them
             return 0
     require(len(tables) == 1, "--rows", len(tables), "give one file: a table is one protocol in one folder (--out)")
-    rows = tables[0]
+    rows = at_budgets(tables[0])
     data = load_data(rows[0].config.data, rows[0].config.model)
     device = choose_device(rows[0].config.runtime.device)
     cells = missing_cells(rows, range(options.seeds), data, store)
     check_cells(cells, data)
     groups = group_by_training(cells)
-    jobs = min(options.jobs or (1 if device.type == "cuda" else cpu_count()), max(1, len(groups)))
+    processors = len(visible_gpus()) if device.type == "cuda" else cpu_count()
+    jobs = min(options.jobs or processors, max(1, len(groups)))
     wanted = len(rows) * options.seeds
     print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run, "
           f"{jobs} at a time; {estimate(groups, jobs, published)}", flush=True)
@@ -100,21 +111,22 @@ def main(arguments: list[str]) -> int:
             for cell, *_ in groups:
                 stack.enter_context(tracker.follow(store.run_folder(cell, data), cell.row.config, cell.seed,
                                                    data.digest, cell.row.system))
-            _run(groups, run, jobs, store, tracker)
+            _run(cells, run, jobs, store, tracker)
     write_report(store.folder)
-    print(brief_table(read_records(store.records)))
+    for images, records in by_budget(read_records(store.records)).items():
+        print(f"\nafter {images:,} training images:\n\n{brief_table(records)}")
     print(f"table, verdicts and figures: {store.folder}")
     return 0
 
 
-def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store, tracker: Tracker) -> None:
+def _run(cells: list[Cell], run: RunCell, jobs: int, store: Store, tracker: Tracker) -> None:
     """Run the cells, show how far each is, and print the table whenever a seed is complete."""
-    left = Counter(cell.seed for group in groups for cell in group)
-    bars: dict[str, TrainingBar] = {}
+    left = Counter((cell.row.config.images_seen, cell.seed) for cell in cells)
+    bars: dict[Cell, TrainingBar] = {}
 
     def watch(cell: Cell, step: int, losses: dict[str, float]) -> None:
-        steps = cell.row.config.training.num_steps
-        bar = bars.setdefault(cell.name, TrainingBar(cell.name, steps, leave=False))
+        steps = cell.row.config.images_seen // cell.row.config.training.batch_size
+        bar = bars.setdefault(cell, TrainingBar(cell.name, steps, leave=False))
         bar.update(step, losses)
         if step == steps:
             bar.close()
@@ -122,14 +134,22 @@ def _run(groups: list[list[Cell]], run: RunCell, jobs: int, store: Store, tracke
     with ExitStack() as stack:
         overall = stack.enter_context(tqdm(total=left.total(), desc="cells", unit="cell"))
         stack.callback(lambda: [bar.close() for bar in bars.values()])
-        for record in stack.enter_context(closing(run_groups(groups, run, jobs, watch))):
+        for record in stack.enter_context(closing(run_cells(cells, run, jobs, watch))):
             tracker.publish(record)
             tqdm.write(_summary(record))
             overall.update()
-            left[record.seed] -= 1
-            if left[record.seed] == 0 and left.total():
-                complete = [record for record in read_records(store.records) if not left[record.seed]]
+            budget = record.training["images"]
+            left[budget, record.seed] -= 1
+            if left[budget, record.seed] == 0 and left.total():
+                complete = [other for other in read_records(store.records)
+                            if other.training["images"] == budget and not left[budget, other.seed]]
                 tqdm.write(f"\n{brief_table(complete)}\n")
+
+
+def by_budget(records: list[Record]) -> dict[int, list[Record]]:
+    """Group records by the training images behind them, few first."""
+    budgets = sorted({record.training["images"] for record in records})
+    return {images: [record for record in records if record.training["images"] == images] for images in budgets}
 
 
 def brief_table(records: list[Record]) -> str:

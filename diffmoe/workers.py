@@ -6,13 +6,14 @@ does not depend on the number of cores.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -36,11 +37,12 @@ Watch = Callable[[Cell, int, dict[str, float]], None]
 """Told the cell in training, its steps done and its latest losses."""
 
 
-def run_groups(groups: Sequence[Sequence[Cell]], run: RunCell, jobs: int, watch: Watch) -> Iterator[Record]:
-    """Run groups of cells, several groups at a time, and yield each record when it is written.
+def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch) -> Iterator[Record]:
+    """Run cells in their order, several at a time, and yield each record when it is written.
+
+    Cells that share a training run go one after another. Where there are GPUs, each process has its own, in turn.
 
     Args:
-        groups: the cells of a group share a training run and go one after another.
         run: goes to each process once, with all that it holds.
         jobs: processes; with 1 everything runs in this one.
         watch: called in this process.
@@ -50,27 +52,28 @@ def run_groups(groups: Sequence[Sequence[Cell]], run: RunCell, jobs: int, watch:
         Interrupted: after SIGINT, SIGTERM or the deadline, when every process has saved itself.
     """
     if jobs == 1:
-        for cell in (cell for group in groups for cell in group):
+        for cell in cells:
             yield run(cell, progress=partial(watch, cell))
         return
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    waiting = list(groups)
-    running: dict[Future[Record | int], Sequence[Cell]] = {}  # a cell at work -> the rest of its group
-    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told)) as pool:
+    told, gpus = context.Queue(), context.Queue()
+    for gpu in itertools.islice(itertools.cycle(visible_gpus() or [None]), jobs):
+        gpus.put(gpu)
+    waiting = list(cells)
+    running: dict[Future[Record | int], Cell] = {}
+    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told, gpus)) as pool:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell, *rest = waiting.pop(0)
-                    running[pool.submit(_run_cell, cell)] = rest
+                while len(running) < jobs and (cell := _next(waiting, running.values())):
+                    waiting.remove(cell)
+                    running[pool.submit(_run_cell, cell)] = cell
                 done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 _pass_on(told, watch)
                 for future in done:
+                    del running[future]
                     result = future.result()
                     if isinstance(result, int):
                         raise Interrupted(result or None)
-                    if rest := running.pop(future):
-                        waiting.insert(0, rest)
                     yield result
         except BaseException as error:
             for worker in multiprocessing.active_children():
@@ -78,6 +81,18 @@ def run_groups(groups: Sequence[Sequence[Cell]], run: RunCell, jobs: int, watch:
             if isinstance(error, BrokenProcessPool):
                 raise ConfigError("a worker process died (out of memory?); run fewer at once with --jobs") from None
             raise
+
+
+def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
+    """Return the first cell whose training run no other has in hand."""
+    taken = {cell.training for cell in running}
+    return next((cell for cell in waiting if cell.training not in taken), None)
+
+
+def visible_gpus() -> list[str]:
+    """Name the GPUs that this process may use, as CUDA_VISIBLE_DEVICES does."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(torch.cuda.device_count())] if chosen is None else chosen.split(",")
 
 
 def cpu_count() -> int:
@@ -110,10 +125,12 @@ _worker: dict[str, Any] = {}
 """What this worker process was started with."""
 
 
-def _start_worker(run: RunCell, told: Any) -> None:
+def _start_worker(run: RunCell, told: Any, gpus: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; outside training the parent decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # training has a handler of its own
     torch.set_num_threads(1)
+    if (gpu := gpus.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which it has not yet here
     _worker.update(run=run, told=told)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmoe import reproduce, sample
-from diffmoe.cells import Cell, Store, load_rows, missing_cells, run_cell
+from diffmoe.cells import Cell, Store, at_budgets, load_rows, missing_cells, run_cell
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, digest
 from diffmoe.data import load_data
@@ -70,6 +70,34 @@ def test_recorded_cells_are_done_and_the_rest_comes_seed_by_seed(rows, data, mea
     missing = missing_cells(list(rows.values()), [0, 1], data, store)
     assert [(cell.seed, cell.row.key) for cell in missing] == [
         *((0, key) for key in rows if key not in ("ec-static", "ec-dynamic", "dense")), *((1, key) for key in rows)]
+
+
+def test_a_row_varies_one_setting_and_has_settings_of_one_scale(tmp_path):
+    table = tmp_path / "rows.yaml"
+    table.write_text(f"""
+- row: dense
+  label: Dense
+  system: dense
+  config: {CONFIGS / "diffmoe.yaml"}
+  set: {{training.learning_rate: 1.0e-3}}
+  at: {{cifar10: {{training.learning_rate: 2.0e-3}}}}
+- {{row: moe, label: MoE, system: diffmoe, config: {CONFIGS / "diffmoe.yaml"}, vary: {{model.moe.capacity: [0.5, 1]}}}}
+""")
+    digits, cifar = (load_rows(table, CONFIGS / f"{scale}.yaml") for scale in ("digits", "cifar10"))
+    assert [row.key for row in digits] == ["dense", "moe-0.5", "moe-1"]
+    assert [row.label for row in digits] == ["Dense", "MoE, 0.5", "MoE, 1"]
+    assert [row.config.model.moe.capacity for row in digits] == [1, 0.5, 1]
+    assert [row.config.training.learning_rate for row in (digits[0], cifar[0], cifar[1])] == [1e-3, 2e-3, 5e-4]
+
+
+def test_every_budget_of_a_row_is_a_cell_and_the_cheapest_come_first(rows, data, tmp_path):
+    pair = [replace(rows[key], config=replace(rows[key].config, training=replace(rows[key].config.training,
+                                                                                 budgets=(16, 32))))
+            for key in ("tc", "dense")]
+    missing = missing_cells(at_budgets(pair), [0, 1], data, Store(tmp_path))
+    assert [(cell.row.config.images_seen, cell.seed, cell.row.key) for cell in missing] == [
+        (images, seed, key) for images in (16, 32, 64) for seed in (0, 1) for key in ("tc", "dense")]
+    assert len({cell.record_id(data) for cell in missing}) == 12 and len({cell.training for cell in missing}) == 4
 
 
 def test_a_record_is_read_back_whole_and_never_changed(measured):

@@ -1,25 +1,27 @@
 """Cells in several processes: the same records, and nothing lost when they are stopped."""
 
 import dataclasses
+import os
 import time
 from functools import partial
 
 import pytest
 from test_cells import CPU, ROWS, SMALL
 
-from diffmoe.cells import Store, check_cells, group_by_training, load_rows, missing_cells, run_cell
+from diffmoe.cells import Cell, Store, at_budgets, check_cells, load_rows, missing_cells, run_cell
 from diffmoe.config import ConfigError
 from diffmoe.data import load_data
 from diffmoe.train import CONFIGS
 from diffmoe.training.run import Interrupted
-from diffmoe.workers import run_groups
+from diffmoe.workers import run_cells, visible_gpus
 
 ROWS_TO_RUN = ("dense", "ec-static", "ec-dynamic")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return [row for row in load_rows(ROWS, CONFIGS / "digits.yaml", SMALL) if row.key in ROWS_TO_RUN]
+    overrides = [*SMALL, "training.budgets=[32]"]
+    return at_budgets([row for row in load_rows(ROWS, CONFIGS / "digits.yaml", overrides) if row.key in ROWS_TO_RUN])
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,12 @@ def data(rows):
 
 def run(rows, data, folder, jobs, deadline=float("inf")):
     store = Store(folder)
-    groups = group_by_training(missing_cells(rows, [0], data, store))
-    assert [[cell.row.key for cell in group] for group in groups] == [["dense"], ["ec-static", "ec-dynamic"]]
+    cells = missing_cells(rows, [0], data, store)
+    assert [(cell.row.config.images_seen, cell.row.key) for cell in cells] == [  # the last two rows share a training
+        (images, key) for images in (32, 64) for key in ROWS_TO_RUN]
     run_one = partial(run_cell, scale="digits", data=data, store=store, device=CPU, deadline=deadline)
-    return {record.row: record for record in run_groups(groups, run_one, jobs, lambda *_: None)}
+    records = run_cells(cells, run_one, jobs, lambda *_: None)
+    return {(record.training["images"], record.row): record for record in records}
 
 
 def results(records):
@@ -54,7 +58,19 @@ def test_a_deadline_stops_every_process_with_its_state_saved(rows, data, tmp_pat
     with pytest.raises(Interrupted):
         run(rows, data, tmp_path, 2, deadline=time.monotonic())
     assert list(tmp_path.glob("runs/*/checkpoint-*.safetensors"))
-    assert len(run(rows, data, tmp_path, 1)) == len(ROWS_TO_RUN)
+    assert len(run(rows, data, tmp_path, 1)) == 2 * len(ROWS_TO_RUN)
+
+
+def own_gpu(cell, progress):
+    time.sleep(0.5)  # long enough for the other process to take the next cell
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert visible_gpus() == ["5", "7"]
+    cells = [Cell(rows[0], seed) for seed in range(4)]
+    assert set(run_cells(cells, own_gpu, 2, lambda *_: None)) == {"5", "7"}
 
 
 def test_what_cannot_be_measured_is_refused_before_training(data, tmp_path):

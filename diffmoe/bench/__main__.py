@@ -115,7 +115,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--visit", type=float, help="seconds of a visit (default: 1; 0.5 on a CPU)")
     parser.add_argument("--peak-tflops", type=float, help="what MFU is relative to (default: 989 on H100 and H200)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--commit", help="of this code, where it runs without its git folder")
     parser.add_argument("--time-budget", type=float, default=math.inf, help="seconds after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=LOCAL, help=f"folder of records (default: {LOCAL})")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="measure nothing; write table.md and figures")
@@ -139,8 +138,6 @@ def _new_record(options: argparse.Namespace, settings: Settings, device: torch.d
                 reference: Reference | None) -> BenchRecord:
     found = environment(device)
     found["versions"]["triton"] = _version("triton")
-    if options.commit:
-        found |= {"commit": options.commit, "dirty": False}
     stored = dataclasses.asdict(settings) | {
         "largest": largest, "time_budget": options.time_budget if math.isfinite(options.time_budget) else None}
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -13,11 +13,10 @@ from diffmoe.bench.capacity import calibrate, drawn_model, expert_rates, fill_ze
 from diffmoe.bench.cases import Case, random_images
 from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.data import ImageData
-from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, sample_images
+from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, prepare_call, sample_images
 from diffmoe.models.counting import flops_per_call
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.training.graph import EAGER_CALLS
-from diffmoe.training.precision import autocast
 from diffmoe.training.trainer import Trainer
 
 WARM_UP = {"train": EAGER_CALLS + 2, "sample": 1, "forward": 4}
@@ -126,19 +125,18 @@ class Sampling:
 
 
 class Forward:
-    """One call of the network in eval mode, compiled as `sample_images` compiles it."""
+    """One call of the network in eval mode, as `sample_images` makes it."""
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared) -> None:
         self.config = config
-        self.network = shared.inference_model(case, config)
-        if config.runtime.compile:
-            self.network = torch.compile(self.network, mode="reduce-overhead", dynamic=False)
+        model = shared.inference_model(case, config)
+        self.network = prepare_call(model, config, FIRST_ROW_BOUND, compiled=bool(config.runtime.compile))
         self.inputs = network_inputs(config.model, case.batch, shared.device)
 
     def call(self) -> ModelOutput:
         """Predict for a batch."""
-        with torch.no_grad(), autocast(self.config.training, self.inputs[0].device):
-            return self.network(*self.inputs, FIRST_ROW_BOUND)
+        with torch.no_grad():
+            return self.network(*self.inputs)
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Return nothing special."""

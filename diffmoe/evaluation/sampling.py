@@ -5,6 +5,7 @@ Shapes: N images, K network calls, L mixture-of-experts layers, E experts; the o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,14 @@ from diffmoe.data.latent_data import load_decoder
 from diffmoe.diffusion import build_process, guided
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
+from diffmoe.training.graph import Graphed, compile_blocks
 from diffmoe.training.precision import autocast, tf32
 
 FIRST_ROW_BOUND = 2.0
 """Rows, in units of S, laid out for a dynamic router before an overflow asks for more."""
+
+NetworkCall = Callable[[Tensor, Tensor, Tensor], ModelOutput]
+"""Of noised images, times and labels."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,19 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
     parts, capacity, expert_load, position_load, token_load = [], [], [], [], []
     size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
-    # Where it pays: a CUDA graph of a call, since the host launches a call's kernels slower than they run.
-    many = config.runtime.compiles(model.positions.device.type) and len(seeds) >= 2 * size
-    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False) if many else model
+    compiled = config.runtime.compiles(model.positions.device.type) and len(seeds) >= 2 * size  # where it pays
+    network = prepare_call(model, config, row_bound, compiled=compiled)
     next_noise = StartNoise(config, seeds[:size])
     for start in range(0, len(seeds), size):
         part, noise = slice(start, start + size), next_noise
-        network = compiled if len(noise.images) == size else model  # a smaller last batch is not worth compiling
-        images, meter = _sample_batch(model, network, config, noise, labels[part], row_bound)
+        if compiled and len(noise.images) < size:  # a smaller last batch is not worth compiling
+            compiled, network = False, prepare_call(model, config, row_bound, compiled=False)
+        images, meter = _sample_batch(model, network, config, noise, labels[part])
         next_noise = StartNoise(config, seeds[start + size : start + 2 * size])  # while the device works
         while meter.overflow:  # the one wait of a batch; pairs are never dropped
             row_bound *= 2
-            noise = StartNoise(config, seeds[part])
-            images, meter = _sample_batch(model, network, config, noise, labels[part], row_bound)
+            network = prepare_call(model, config, row_bound, compiled=compiled)
+            images, meter = _sample_batch(model, network, config, StartNoise(config, seeds[part]), labels[part])
         parts.append(decode(images).cpu())
         if meter.capacity:
             capacity.append(_by_call(meter.capacity, adaptive))
@@ -149,14 +154,30 @@ def _by_call(values: list[Tensor], adaptive: bool) -> Tensor:
     return stacked.mean(0, keepdim=True) if adaptive else stacked
 
 
-def _sample_batch(model: DiT, network: Callable[..., ModelOutput], config: RunConfig, noise: StartNoise,
-                  labels: Tensor, row_bound: float) -> tuple[Tensor, CapacityMeter]:
+def prepare_call(model: DiT, config: RunConfig, row_bound: float, *, compiled: bool) -> NetworkCall:
+    """Return a call of the network under the run's precision; compiled, a GPU replays it as one CUDA graph.
+
+    The graph is for inputs of one shape, and its outputs last until the next call.
+    """
+    device = model.positions.device
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        eager = contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager")
+        with eager, autocast(config.training, device), tf32(config.training.tf32):
+            return model(x, t, y, row_bound)
+
+    if compiled:
+        compile_blocks(model.blocks)
+    return Graphed(call) if compiled and device.type == "cuda" else call
+
+
+def _sample_batch(model: DiT, network: NetworkCall, config: RunConfig, noise: StartNoise,
+                  labels: Tensor) -> tuple[Tensor, CapacityMeter]:
     device = model.positions.device
     meter = CapacityMeter(model, len(labels))
 
     def predict_labels(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with autocast(config.training, device), tf32(config.training.tf32):
-            output = network(x, t, y, row_bound)
+        output = network(x, t, y)
         meter.add(output.routings, len(x))
         return output.prediction.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites it
 

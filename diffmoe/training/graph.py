@@ -1,51 +1,62 @@
-"""Forward and backward of fixed shapes as one CUDA graph, so that the GPU never waits for launches.
+"""A function of tensors of fixed shapes as one CUDA graph, so that the GPU never waits for launches.
 
-At 64 tokens an image they are about 1,500 kernels of 15 microseconds, which the host launches slower than they run.
+At 64 tokens an image a training step is about 1,500 kernels of 15 microseconds, which the host launches slower than
+they run; so is a call of the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 EAGER_CALLS = 3
 """Calls before the capture; they compile and choose algorithms."""
+MOST_COMPILED = 64
+"""Versions of a block's code that one process compiles (torch's default, 8, is fewer than a table's systems, with and
+without gradients); after those it would run uncompiled."""
 
-Gradients = Callable[..., tuple[dict[str, Tensor], list[Tensor]]]
-"""Sets the gradients of a batch's tensors; returns scalars and other small tensors to look at."""
+Outputs = TypeVar("Outputs")
 
 
-class GraphedGradients:
-    """Calls a function as it is a few times, then captures it and replays the capture.
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile block by block: blocks of a kind share their code, so that few are compiled."""
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+class Graphed(Generic[Outputs]):
+    """Calls a function a few times as it is, then captures it and replays the capture.
 
     Args:
-        function: sets the gradients anew (`zero_grad(set_to_none=True)` first) and never waits for the device.
-            Its parameters must stay where they are in memory; the gradients of a capture stay where they are.
+        function: never waits for the device, and what it reads besides its inputs stays where it is in memory.
+            Gradients that it sets (anew: `zero_grad(set_to_none=True)` first) stay where the capture put them.
     """
 
-    def __init__(self, function: Gradients) -> None:
+    def __init__(self, function: Callable[..., Outputs]) -> None:
         self.function = function
         self.calls = 0
         self.stream = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
 
-    def __call__(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Do what the function does; shapes and dtypes must not change from call to call."""
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """Do what the function does; shapes and dtypes must not change. The next call overwrites the outputs."""
         self.calls += 1
+        if self.calls == 1:  # always of the same strides, as those of a capture must be
+            self.inputs = [torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in inputs]
+        for mine, value in zip(self.inputs, inputs, strict=True):
+            mine.copy_(value)
         if self.calls <= EAGER_CALLS:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # autograd remembers streams: those of the capture
-                outputs = self.function(*inputs)
+                self.outputs = self.function(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
+            return self.outputs
         if self.calls == EAGER_CALLS + 1:
-            self.inputs = [value.clone() for value in inputs]
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
-        for mine, value in zip(self.inputs, inputs, strict=True):
-            mine.copy_(value)
         self.graph.replay()
-        scalars, others = self.outputs
-        return {name: value.clone() for name, value in scalars.items()}, [value.clone() for value in others]
+        return self.outputs

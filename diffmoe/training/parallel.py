@@ -22,6 +22,7 @@ from diffmoe.config import Parallel, PoolScope, Precision, RunConfig
 from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
 from diffmoe.training.distributed import World
+from diffmoe.training.graph import compile_blocks
 
 for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see the tensors in them and loses gradients
     register_dataclass(output)
@@ -36,9 +37,8 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
     if config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL:
         for layer in model.moe_layers().values():
             layer.router.world = world
-    if config.runtime.compiles(device.type):  # block by block: blocks of a kind share their code
-        for block in model.blocks:
-            block.compile()
+    if config.runtime.compiles(device.type):
+        compile_blocks(model.blocks)
     if world.size > 1 and config.runtime.parallel is Parallel.FSDP:
         mesh = init_device_mesh(device.type, (world.size,))
         for sharded in (model, *averages):

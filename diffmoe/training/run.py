@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -74,7 +75,14 @@ class TrainedRun:
     def losses(self) -> list[list[Any]]:
         """Return [step, {name: loss}] of each line of the log up to the step of the average."""
         return [[line["step"], {name: value for name, value in line.items() if name not in LOG_FIELDS}]
-                for line in read_lines(self.folder / LOG_FILE) if line["step"] <= self.description["step"]]
+                for line in self._log()]
+
+    def images_per_second(self) -> float:
+        """Return the median throughput of the log's lines: that of training alone, start and checkpoints left out."""
+        return median(line["images_per_second"] for line in self._log())
+
+    def _log(self) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.folder / LOG_FILE) if line["step"] <= self.description["step"]]
 
 
 def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, device: torch.device, *,
@@ -118,11 +126,10 @@ class _Run:
         self.trainer = Trainer(config, seed, data, device, world)
         self.checkpoints = Checkpoints(folder, asynchronous=device.type == "cuda")
         description = self._go_on()
-        budget = config.evaluation.budget_images or config.training.num_images
-        self.num_steps = budget // config.training.batch_size
+        self.num_steps = config.images_seen // config.training.batch_size
         if self.trainer.step > self.num_steps:
-            raise ConfigError(f"{folder / average_file(budget_images=budget)}: missing, and the run is past it; "
-                              "put it back, or use another folder")
+            missing = folder / average_file(budget_images=config.images_seen)
+            raise ConfigError(f"{missing}: missing, and the run is past it; put it back, or use another folder")
         self.watch = Watch(description.get("watch"))
         self.seconds = description.get("seconds", 0.0)
         self.objectives: list[Tensor] = []  # of the steps since the last look, still on the device

@@ -20,7 +20,7 @@ from diffmoe.diffusion import build_process
 from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
-from diffmoe.training.graph import GraphedGradients
+from diffmoe.training.graph import Graphed
 from diffmoe.training.parallel import distribute, gathered, local, shared_out
 from diffmoe.training.precision import autocast, tf32
 
@@ -82,7 +82,7 @@ class Trainer:
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             fused=device.type == "cuda")
         graphed = compiled and device.type == "cuda" and world.size == 1
-        self.gradients = GraphedGradients(self._gradients) if graphed else self._gradients
+        self.gradients = Graphed(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
         self.step = 0
@@ -131,15 +131,16 @@ class Trainer:
         training = self.config.training
         batch = self.batch(self.step, self.world.share(training.batch_size))
         with tf32(training.tf32):
-            losses, (self.objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
-                                                                              batch.times)
+            losses, (objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
+                                                                          batch.times)
+        self.objective = objective.clone()  # what a graph returned is overwritten by the next step
         if training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate * self._warmup_factor()
         self._update(observed)
         self.step += 1
-        return losses
+        return {name: loss.clone() for name, loss in losses.items()}
 
     @torch.no_grad()
     def _update(self, observed: list[Tensor]) -> None:

@@ -22,7 +22,8 @@ from diffmoe.config import ConfigError, EvaluationConfig, RunConfig, digest, loa
 from diffmoe.data import ImageData, TrainingData
 from diffmoe.evaluation.adm import measure_adm, read_reference
 from diffmoe.evaluation.calibration import calibrate_thresholds
-from diffmoe.evaluation.extractors import DIGITS, INCEPTION, classify, distance_name, weights_file
+from diffmoe.evaluation.classifiers import CLASSIFIERS, DIGITS, classify
+from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
@@ -207,8 +208,8 @@ def check_evaluation(evaluation: EvaluationConfig, data: TrainingData | None) ->
     """
     check_counts(evaluation.num_samples, len(reference_images(evaluation, data)), evaluation.kid_subset_size)
     weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
-    if evaluation.extractor == DIGITS:
-        classify(data.images[:1])  # refuses images of another size
+    if evaluation.extractor in CLASSIFIERS:
+        CLASSIFIERS[evaluation.extractor].check(data.shape)
 
 
 def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -1,15 +1,13 @@
-"""Metrics: pinned constants, second formulas, closed forms, the cache, the shipped classifier, bad input."""
+"""Metrics: pinned constants, second formulas, closed forms, the cache, extractors, bad input."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity import register_feature_extractor
@@ -18,13 +16,12 @@ from torch_fidelity.defaults import DEFAULTS
 from diffmoe.config import ConfigError
 from diffmoe.data.images import ImageData, seeded_generator
 from diffmoe.evaluation import extractors, metrics
-from diffmoe.evaluation.extractors import ImageFeatures, classify, distance_name
+from diffmoe.evaluation.extractors import ImageFeatures, distance_name
 from diffmoe.evaluation.metrics import fidelity_options, measure, sampling_floor
-from diffmoe.evaluation.train_digits64 import digits, split, tensors_digest
+from diffmoe.evaluation.train_digits64 import digits
 
 CPU = torch.device("cpu")
 PINNED = {"distance": 0.0737493, "kid": 0.520027, "kid_std": 0.541740, "precision": 56 / 60, "recall": 59 / 60}
-DIGITS_DIGEST = "e47fe50a2990"
 
 
 class TinyConvolution(ImageFeatures):
@@ -238,12 +235,6 @@ def test_input_that_cannot_be_measured_is_one_line(tmp_path, change, message):
         run(**options)
 
 
-def test_digits64_refuses_images_that_are_not_8x8(tmp_path):
-    images = F.pad(random_images("a"), (1, 1))
-    with pytest.raises(ConfigError, match="it takes 8x8 images"):
-        run(images, images, tmp_path, "digits64")
-
-
 def test_a_missing_package_or_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
     images = random_images("a")
     monkeypatch.setattr(extractors, "find_spec", lambda name: None)
@@ -269,25 +260,6 @@ def test_a_weights_file_that_holds_something_else_is_one_line(tmp_path):
     torch.save({"weight": torch.zeros(3)}, wrong)
     with pytest.raises(ConfigError, match="not the tensors of EfficientNet-Lite0"):
         run(images, images, tmp_path, "efficientnet-lite0-64", weights_path=wrong, kid_subset_size=10)
-
-
-def test_digits64_recognises_the_digits_that_it_never_saw():
-    data = digits()
-    seen, held_out = split(len(data.images))
-    assert sorted(torch.cat([seen, held_out]).tolist()) == list(range(1797)) and len(held_out) == 360
-    accuracy = (classify(data.images[held_out]) == data.labels[held_out]).double().mean().item()
-    assert accuracy >= 0.97
-    assert torch.equal(classify(data.images[:50].repeat(1, 3, 1, 1)), classify(data.images[:50]))
-    model, image = extractors.load_digit_classifier(), data.images[:1].float()
-    coloured = image * torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1)  # its mean over channels is the grey image
-    torch.testing.assert_close(model(coloured), model(image))
-    with safe_open(extractors.DIGITS_WEIGHTS, "pt") as file:
-        made = json.loads(file.metadata()["made"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert made == {"accuracy": round(accuracy, 4), "split_seed": 0, "data_digest": data.digest,
-                    "digest": tensors_digest(tensors)}
-    assert made["digest"] == DIGITS_DIGEST
-    assert extractors.DIGITS_WEIGHTS.stat().st_size < 200_000
 
 
 def test_digits64_tells_worse_digits_from_better_ones(tmp_path):

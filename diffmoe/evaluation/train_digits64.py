@@ -8,12 +8,9 @@ of the data and of the tensors. The same machine and torch write the same file, 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,9 +18,8 @@ from torch.nn import functional as F
 from diffmoe.config import DataConfig, ModelConfig
 from diffmoe.data import ImageData, load_data
 from diffmoe.data.images import seeded_generator
-from diffmoe.evaluation.extractors import DIGITS_WEIGHTS, DigitClassifier
+from diffmoe.evaluation.classifiers import DIGITS, DigitClassifier, classifier_file, split, write_classifier
 
-SPLIT_SEED = 0
 NUM_STEPS = 3000
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
@@ -38,12 +34,6 @@ def digits() -> ImageData:
     return load_data(DataConfig(name="digits"), model)
 
 
-def split(num_images: int, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
-    """Return the indices of the training images (80 %) and of the held-out ones."""
-    order = torch.randperm(num_images, generator=seeded_generator("digits64 split", seed))
-    return order[: num_images * 4 // 5], order[num_images * 4 // 5 :]
-
-
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Turn images (N, 1, 8, 8) by up to 10 degrees, shift them by up to 3/4 pixel each way, add noise of sd 8."""
     angle, across, down = (torch.rand(3, len(images), generator=generator) * 2 - 1) * torch.tensor(
@@ -53,19 +43,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (moved + 8 * torch.randn(moved.shape, generator=generator)).clamp(0, 255)
 
 
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Return 12 hex digits that name the tensors' names and values."""
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        content.update(name.encode() + tensors[name].numpy().tobytes())
-    return content.hexdigest()[:12]
-
-
 def train() -> tuple[DigitClassifier, float]:
     """Train from a fixed seed; return the classifier and its accuracy on the held-out images."""
     data = digits()
     images, labels = data.images.float(), data.labels
-    seen, held_out = split(len(images))
+    seen, held_out = split(DIGITS, len(images), parts=5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = DigitClassifier()
@@ -87,18 +69,12 @@ def train() -> tuple[DigitClassifier, float]:
 def main() -> None:
     """Train, print the held-out accuracy, and write the file if it is good enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DIGITS_WEIGHTS, help="file to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=classifier_file(DIGITS),
+                        help="file to write (default: %(default)s)")
     out = parser.parse_args().out
     torch.set_num_threads(1)  # one result at any number of cores
     model, accuracy = train()
-    print(f"held-out accuracy {accuracy:.4f}")
-    if accuracy < REQUIRED_ACCURACY:
-        raise SystemExit(f"{out} is left as it was: {REQUIRED_ACCURACY} is required")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    made = {"accuracy": round(accuracy, 4), "split_seed": SPLIT_SEED, "data_digest": digits().digest,
-            "digest": tensors_digest(tensors)}
-    safetensors.torch.save_file(tensors, out, {"made": json.dumps(made)})  # one key: safetensors shuffles several
-    print(f"{out}: {out.stat().st_size / 1000:.0f} kB, tensors {made['digest']}")
+    write_classifier(model, out, accuracy=accuracy, required=REQUIRED_ACCURACY, data_digest=digits().digest)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from diffmoe.evaluation.calibration import calibrate_thresholds
 from diffmoe.evaluation.classifiers import CLASSIFIERS, DIGITS, classify
 from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
-from diffmoe.evaluation.metrics import check_counts, measure
+from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
@@ -206,10 +206,15 @@ def check_evaluation(evaluation: EvaluationConfig, data: TrainingData | None) ->
     Raises:
         ConfigError: for samples that cannot be measured.
     """
-    check_counts(evaluation.num_samples, len(reference_images(evaluation, data)), evaluation.kid_subset_size)
+    images = reference_images(evaluation, data)
+    check_counts(evaluation.num_samples, len(images), evaluation.kid_subset_size)
+    require(evaluation.reference is None or evaluation.second_extractor is None, "evaluation.second_extractor",
+            evaluation.second_extractor, f"evaluation.reference is measured with {INCEPTION} alone; use null")
     weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
-    if evaluation.extractor in CLASSIFIERS:
-        CLASSIFIERS[evaluation.extractor].check(data.shape)
+    if evaluation.second_extractor is not None:
+        weights_file(evaluation.second_extractor)
+    for extractor in {evaluation.extractor, evaluation.second_extractor} & CLASSIFIERS.keys():
+        CLASSIFIERS[extractor].check((3, *images.shape[2:]))  # grey images come repeated
 
 
 def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -292,6 +297,8 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
                     device: torch.device) -> dict[str, float]:
     """Return the metrics of samples against ADM's reference where the configuration names it, else against `data`.
 
+    A second extractor's distance stands beside them under its own name.
+
     The features of `data` are kept in the folder `cache`.
 
     Raises:
@@ -304,6 +311,9 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
                            weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
                     cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
+    if evaluation.second_extractor is not None:
+        found[distance_name(evaluation.second_extractor)] = frechet_distance(
+            samples.images, data, extractor=evaluation.second_extractor, device=device, cache_root=cache)
     if evaluation.extractor == DIGITS:  # a classifier of these classes
         found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
     return found
@@ -323,5 +333,7 @@ def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: tor
 
 
 def _with_threshold(config: RunConfig, threshold: float) -> RunConfig:
+    """Return the configuration at another threshold, with nothing measured that a sweep does not keep."""
     router = replace(config.model.moe.router, global_threshold=threshold)
-    return replace(config, model=replace(config.model, moe=replace(config.model.moe, router=router)))
+    return replace(config, model=replace(config.model, moe=replace(config.model.moe, router=router)),
+                   evaluation=replace(config.evaluation, second_extractor=None))

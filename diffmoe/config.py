@@ -333,6 +333,8 @@ class EvaluationConfig:
 
     extractor: str = field(default="inception-v3-compat", metadata=INFERENCE)
     """Feature extractor; its name goes into the distance's. Only Inception's is called FID."""
+    second_extractor: str | None = field(default=None, metadata=INFERENCE)
+    """Another extractor, whose Frechet distance alone is measured too, under its own name; null: none."""
     num_samples: int = field(default=50_000, metadata=INFERENCE)
     """Images drawn, seeds 0 to num_samples - 1."""
     kid_subset_size: int = field(default=1000, metadata=INFERENCE)
@@ -350,6 +352,8 @@ class EvaluationConfig:
         require_positive(self, "num_samples", "kid_subset_size")
         require(self.kid_subset_size <= self.num_samples, "evaluation.kid_subset_size", self.kid_subset_size,
                 f"use at most num_samples={self.num_samples}")
+        require(self.second_extractor != self.extractor, "evaluation.second_extractor", self.second_extractor,
+                "the first is the same; name another, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

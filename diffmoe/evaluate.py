@@ -72,11 +72,13 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
 def summary(result: dict[str, Any]) -> str:
     """Return a result for a reader, a quantity a line."""
     metrics, used, sampling = result["metrics"], result["activation"], result["sampling"]
+    second = result["config"]["evaluation"]["second_extractor"]
     lines = {result["evaluation"]["distance_name"]: f"{metrics['distance']:.4g} ({sampling['num_samples']} samples)",
              "KID x1000": f"{1000 * metrics['kid']:.4g} ± {1000 * metrics['kid_std']:.2g} over subsets",
              "precision": f"{metrics['precision']:.4f}", "recall": f"{metrics['recall']:.4f}"}
     optional = {"sfid": "sFID", "class_accuracy": "class accuracy", "inception_score": "Inception score"}
     lines |= {name: f"{metrics[key]:.4f}" for key, name in optional.items() if key in metrics}
+    lines |= {distance_name(second): f"{metrics[distance_name(second)]:.4g}"} if second else {}
     lines |= {"capacity C": f"{used['capacity']:.4f}",
               "activated parameters": f"{used['activated_params']:,.0f} by the paper's count, "
                                       f"{used['activated_params_strict']:,.0f} strictly, of {used['total_params']:,}",

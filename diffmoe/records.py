@@ -56,7 +56,8 @@ class Record:
     evaluation: dict[str, Any]
     """`extractor`, `distance_name`, `reference` (data digest), `seconds`."""
     metrics: dict[str, float]
-    """`distance`, `kid`, `kid_std`, `precision`, `recall`, and what else the extractor gives (`class_accuracy`)."""
+    """`distance`, `kid`, `kid_std`, `precision`, `recall`, what else the extractor gives (`class_accuracy`), and a
+    second extractor's distance by its own name (`FD-cifar64`)."""
     activation: dict[str, Any]
     """Measured over all sampling calls: `capacity`, `activated_params` (paper), `activated_params_strict`, `gflops`,
     `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E), and experts a

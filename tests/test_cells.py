@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import one_line
+from test_metrics import random_images
 
 from diffmoe import reproduce, sample
-from diffmoe.cells import Cell, Store, at_budgets, load_rows, missing_cells, run_cell
+from diffmoe.cells import (
+    Cell,
+    Store,
+    at_budgets,
+    check_evaluation,
+    load_rows,
+    measure_samples,
+    missing_cells,
+    run_cell,
+)
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, digest
 from diffmoe.data import load_data
+from diffmoe.evaluation.metrics import measure
+from diffmoe.evaluation.sampling import Samples
 from diffmoe.models.counting import count_parameters
 from diffmoe.records import read_records, write_record
 from diffmoe.train import CONFIGS
@@ -128,6 +141,28 @@ def test_a_record_states_what_was_measured_and_no_path_of_this_machine(measured)
     text = json.dumps([json.loads(path.read_text()) for path in store.records.iterdir()])
     assert str(Path.home()) not in text
     assert str(store.folder) not in text
+
+
+def drawn(images):
+    """Return samples of which nothing is known but the images (N, C, H, W)."""
+    return Samples(images, torch.zeros(len(images), dtype=torch.int64), None, None, None, None)
+
+
+def test_a_second_extractor_adds_its_distance_and_changes_nothing_else(rows, data, tmp_path):
+    config = rows["dense"].config
+    both = replace(config, evaluation=replace(config.evaluation, second_extractor="test-pixels"))
+    check_evaluation(both.evaluation, data)
+    samples = drawn(random_images("samples", 40, channels=1))
+    alone, found = (measure_samples(samples, one, data, tmp_path, CPU) for one in (config, both))
+    assert found.keys() - alone.keys() == {"FD-test-pixels"}
+    second = measure(samples.images, data, extractor="test-pixels", device=CPU, cache_root=tmp_path, kid_subset_size=20)
+    assert found == alone | {"FD-test-pixels": pytest.approx(second["distance"])}
+    digits = replace(both.evaluation, extractor="test-pixels", second_extractor="digits64")
+    check_evaluation(digits, data)
+    larger = replace(data, images=data.images.repeat(1, 3, 2, 2))
+    with pytest.raises(ConfigError, match=r"extractor=digits64: images of \(3, 16, 16\); it takes 8x8") as caught:
+        check_evaluation(digits, larger)
+    one_line(caught.value)
 
 
 def test_the_commands_run_go_on_publish_and_sample(tmp_path, monkeypatch, capsys):

@@ -82,6 +82,8 @@ def test_a_dry_run_writes_nothing(measured: tuple[Path, Any], tmp_path: Path, ca
     (["evaluation.kid_subset_size=41"], "use at most num_samples=40"),
     (["evaluation.num_samples=9000", "evaluation.kid_subset_size=2000"], "only 1797 reference images"),
     (["evaluation.extractor=vgg16", "evaluation.extractor_weights=nowhere"], "nowhere: no such file"),
+    (["evaluation.second_extractor=inception"], "extractor=inception: use one of"),
+    (["evaluation.second_extractor=digits64"], "evaluation.second_extractor=digits64: the first is the same"),
     (["--json", "/dev/null/result.json"], "--json /dev/null: cannot be written"),
     (["--save-images", "/dev/null"], "--save-images /dev/null: cannot be written"),
     (["runtime.device=cuda:99"], "device cuda:99: not here"),

@@ -37,7 +37,7 @@ class Classifier(nn.Module):
     """Height and width of an image in pixels."""
 
     @classmethod
-    def check(cls, shape: torch.Size) -> None:
+    def check(cls, shape: tuple[int, ...]) -> None:
         """Raise ConfigError for images of another shape (C, H, W)."""
         if shape[0] not in cls.channels or tuple(shape[1:]) != (cls.side, cls.side):
             raise ConfigError(f"extractor={cls.name}: images of {tuple(shape)}; it takes {cls.side}x{cls.side} images "

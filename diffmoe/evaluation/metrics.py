@@ -78,6 +78,18 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
     return _calculate(options)
 
 
+def frechet_distance(samples: Tensor, reference: ImageData, *, extractor: str, device: torch.device, cache_root: Path,
+                     weights_path: Path | None = None, batch_size: int = 64) -> float:
+    """Return the `distance` of `measure` alone, which takes no more of the reference than its cached statistics.
+
+    Raises:
+        ConfigError: as `measure` does.
+    """
+    options = fidelity_options(samples, reference, extractor=extractor, device=device, cache_root=cache_root,
+                               weights_path=weights_path, batch_size=batch_size)
+    return _calculate(options)["distance"]
+
+
 def check_counts(num_samples: int, num_reference: int, kid_subset_size: int) -> None:
     """Say whether so many samples can be measured, before they are drawn.
 
@@ -107,9 +119,8 @@ def sampling_floor(reference: ImageData, num_samples: int, *, extractor: str, de
     order = torch.randperm(len(reference.labels), generator=seeded_generator("sampling floor", 0))
     labels = reference.labels.cpu()[order]
     chosen = torch.cat([order[labels == label][:each] for label in range(reference.num_classes)])
-    options = fidelity_options(reference.images[chosen], reference, extractor=extractor, device=device,
-                               cache_root=cache_root, weights_path=weights_path, batch_size=batch_size)
-    return _calculate(options)["distance"]
+    return frechet_distance(reference.images[chosen], reference, extractor=extractor, device=device,
+                            cache_root=cache_root, weights_path=weights_path, batch_size=batch_size)
 
 
 def fidelity_options(samples: Tensor, reference: ImageData, *, extractor: str, device: torch.device, cache_root: Path,

@@ -25,7 +25,7 @@ from diffmoe.evaluation.calibration import calibrate_thresholds
 from diffmoe.evaluation.classifiers import CLASSIFIERS, DIGITS, classify
 from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
-from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure
+from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure, sampling_floor
 from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
@@ -83,7 +83,7 @@ class Store:
 
     @property
     def cache(self) -> Path:
-        """The folder of the reference's features."""
+        """The folder of what is computed of the reference once: its features, its floors."""
         return self.folder / "cache"
 
     def run_folder(self, cell: Cell, data: TrainingData) -> Path:
@@ -210,7 +210,7 @@ def check_evaluation(evaluation: EvaluationConfig, data: TrainingData | None) ->
     check_counts(evaluation.num_samples, len(images), evaluation.kid_subset_size)
     require(evaluation.reference is None or evaluation.second_extractor is None, "evaluation.second_extractor",
             evaluation.second_extractor, f"evaluation.reference is measured with {INCEPTION} alone; use null")
-    weights_file(evaluation.extractor, evaluation.extractor_weights and Path(evaluation.extractor_weights))
+    weights_file(evaluation.extractor, _weights(evaluation))
     if evaluation.second_extractor is not None:
         weights_file(evaluation.second_extractor)
     for extractor in {evaluation.extractor, evaluation.second_extractor} & CLASSIFIERS.keys():
@@ -265,7 +265,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s,
                     "reference": reference_digest(config.evaluation, data),
-                    "distance_name": distance_name(config.evaluation.extractor)},
+                    "distance_name": distance_name(config.evaluation.extractor),
+                    "floor": sampling_floors(config.evaluation, data, store.cache, device)},
         metrics=metrics, activation=activation(config, samples), threshold_sweep=sweep,
         examples=examples(samples.images, samples.labels, samples.token_load), environment=environment(device))
     write_record(store.records, record)
@@ -305,7 +306,7 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
         ConfigError: as `measure` does.
     """
     evaluation = config.evaluation
-    weights = None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
+    weights = _weights(evaluation)
     if evaluation.reference is not None:
         return measure_adm(samples.images, read_reference(Path(evaluation.reference)), device=device,
                            weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
@@ -317,6 +318,30 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
     if evaluation.extractor == DIGITS:  # a classifier of these classes
         found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
     return found
+
+
+def sampling_floors(evaluation: EvaluationConfig, data: TrainingData | None, cache: Path,
+                    device: torch.device) -> dict[str, float]:
+    """Return by a distance's name what as many training images keep from all of them, as `sampling_floor` says.
+
+    A distance that has no such floor is left out, so is ADM's.
+
+    Raises:
+        ConfigError: as `measure` does.
+    """
+    if evaluation.reference is not None:
+        return {}
+    extractors = {evaluation.extractor: _weights(evaluation)}
+    if evaluation.second_extractor is not None:
+        extractors[evaluation.second_extractor] = None
+    floors = {distance_name(extractor): sampling_floor(data, evaluation.num_samples, extractor=extractor, device=device,
+                                                       cache_root=cache, weights_path=weights)
+              for extractor, weights in extractors.items()}
+    return {name: floor for name, floor in floors.items() if floor is not None}
+
+
+def _weights(evaluation: EvaluationConfig) -> Path | None:
+    return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
 def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:

@@ -20,7 +20,14 @@ from typing import Any
 
 import yaml
 
-from diffmoe.cells import activation, check_evaluation, measure_samples, reference_digest, reference_images
+from diffmoe.cells import (
+    activation,
+    check_evaluation,
+    measure_samples,
+    reference_digest,
+    reference_images,
+    sampling_floors,
+)
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData, load_data
@@ -65,7 +72,8 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
         "sampling": {"num_samples": len(seeds), "seconds": sampled - started},
         "evaluation": {"extractor": config.evaluation.extractor, "seconds": measured - sampled,
                        "reference": reference_digest(config.evaluation, data),
-                       "distance_name": distance_name(config.evaluation.extractor)},
+                       "distance_name": distance_name(config.evaluation.extractor),
+                       "floor": sampling_floors(config.evaluation, data, cache, device)},
         "metrics": metrics, "activation": activation(config, samples), "environment": environment(device)}
 
 
@@ -73,12 +81,16 @@ def summary(result: dict[str, Any]) -> str:
     """Return a result for a reader, a quantity a line."""
     metrics, used, sampling = result["metrics"], result["activation"], result["sampling"]
     second = result["config"]["evaluation"]["second_extractor"]
-    lines = {result["evaluation"]["distance_name"]: f"{metrics['distance']:.4g} ({sampling['num_samples']} samples)",
-             "KID x1000": f"{1000 * metrics['kid']:.4g} ± {1000 * metrics['kid_std']:.2g} over subsets",
+    distances = {result["evaluation"]["distance_name"]: metrics["distance"]}
+    distances |= {distance_name(second): metrics[distance_name(second)]} if second else {}
+    floors = {name: f", {floor:.4g} of as many training images"
+              for name, floor in result["evaluation"]["floor"].items()}
+    lines = {name: f"{distance:.4g} ({sampling['num_samples']} samples{floors.get(name, '')})"
+             for name, distance in distances.items()}
+    lines |= {"KID x1000": f"{1000 * metrics['kid']:.4g} ± {1000 * metrics['kid_std']:.2g} over subsets",
              "precision": f"{metrics['precision']:.4f}", "recall": f"{metrics['recall']:.4f}"}
     optional = {"sfid": "sFID", "class_accuracy": "class accuracy", "inception_score": "Inception score"}
     lines |= {name: f"{metrics[key]:.4f}" for key, name in optional.items() if key in metrics}
-    lines |= {distance_name(second): f"{metrics[distance_name(second)]:.4g}"} if second else {}
     lines |= {"capacity C": f"{used['capacity']:.4f}",
               "activated parameters": f"{used['activated_params']:,.0f} by the paper's count, "
                                       f"{used['activated_params_strict']:,.0f} strictly, of {used['total_params']:,}",

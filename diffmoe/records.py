@@ -54,7 +54,8 @@ class Record:
     sampling: dict[str, Any]
     """`num_samples`, `seconds`."""
     evaluation: dict[str, Any]
-    """`extractor`, `distance_name`, `reference` (data digest), `seconds`."""
+    """`extractor`, `distance_name`, `reference` (data digest), `seconds`, and `floor`: by a distance's name, what as
+    many training images keep from all of them."""
     metrics: dict[str, float]
     """`distance`, `kid`, `kid_std`, `precision`, `recall`, what else the extractor gives (`class_accuracy`), and a
     second extractor's distance by its own name (`FD-cifar64`)."""

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from conftest import one_line, rand, run_config
 
-from diffmoe.cells import check_evaluation, measure_samples, reference_digest
+from diffmoe.cells import check_evaluation, measure_samples, reference_digest, sampling_floors
 from diffmoe.config import ConfigError
 from diffmoe.data import load_data
 from diffmoe.evaluation import adm
@@ -127,6 +127,7 @@ def test_a_cell_is_measured_against_the_file_and_names_it(tmp_path, monkeypatch)
     images = torch.from_numpy(pixels(60, 2)).permute(0, 3, 1, 2)
     samples = Samples(images, torch.zeros(60, dtype=torch.int64), None, None, None, None)
     assert measure_samples(samples, config, data, tmp_path, CPU).keys() >= {"distance", "sfid", "recall", "kid"}
+    assert sampling_floors(config.evaluation, data, tmp_path, CPU) == {}
     assert reference_digest(config.evaluation, data) == adm.read_reference(tmp_path / "r.npz").digest != data.digest
     for evaluation, named in ((replace(config.evaluation, extractor="digits64"), "evaluation.extractor"),
                               (replace(config.evaluation, second_extractor="vgg16"), "evaluation.second_extractor"),

@@ -20,6 +20,7 @@ from diffmoe.cells import (
     measure_samples,
     missing_cells,
     run_cell,
+    sampling_floors,
 )
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, digest
@@ -138,6 +139,8 @@ def test_a_record_states_what_was_measured_and_no_path_of_this_machine(measured)
     assert len(dynamic.activation["capacity_by_call"]) == 4  # Heun calls twice a step
     assert dense.activation["activated_params"] == dense.activation["total_params"]
     assert {"distance", "kid", "precision", "recall", "class_accuracy"} <= dense.metrics.keys()
+    assert 0 < dense.evaluation["floor"]["FD-digits64"] == dynamic.evaluation["floor"]["FD-digits64"]
+    assert dense.evaluation["floor"]["FD-digits64"] < dense.metrics["distance"]
     text = json.dumps([json.loads(path.read_text()) for path in store.records.iterdir()])
     assert str(Path.home()) not in text
     assert str(store.folder) not in text
@@ -157,6 +160,9 @@ def test_a_second_extractor_adds_its_distance_and_changes_nothing_else(rows, dat
     assert found.keys() - alone.keys() == {"FD-test-pixels"}
     second = measure(samples.images, data, extractor="test-pixels", device=CPU, cache_root=tmp_path, kid_subset_size=20)
     assert found == alone | {"FD-test-pixels": pytest.approx(second["distance"])}
+    floors = sampling_floors(both.evaluation, data, tmp_path, CPU)
+    assert floors.keys() == {"FD-digits64", "FD-test-pixels"} and min(floors.values()) > 0
+    assert sampling_floors(replace(both.evaluation, num_samples=1750), data, tmp_path, CPU) == {}
     digits = replace(both.evaluation, extractor="test-pixels", second_extractor="digits64")
     check_evaluation(digits, data)
     larger = replace(data, images=data.images.repeat(1, 3, 2, 2))

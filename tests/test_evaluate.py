@@ -48,7 +48,9 @@ def test_a_run_is_measured_as_its_record_was(measured: tuple[Path, Any], tmp_pat
         assert result[name] == getattr(record, name), name
     assert str(tmp_path) not in json.dumps(result) and str(Path.home()) not in json.dumps(result["environment"])
     text = capsys.readouterr().out
-    for wanted in ("FD-digits64", "KID", "precision", "recall", "class accuracy", "capacity", "strictly", "GFLOPs"):
+    assert result["evaluation"]["floor"] == pytest.approx(record.evaluation["floor"], rel=1e-5)
+    for wanted in ("FD-digits64", "of as many training images", "KID", "precision", "recall", "class accuracy",
+                   "capacity", "strictly", "GFLOPs"):
         assert wanted in text
     assert "FID" not in text
     trained = load_trained(folder / "ema.safetensors", [])

@@ -273,8 +273,23 @@ def test_digits64_tells_worse_digits_from_better_ones(tmp_path):
         distances.append(measure(samples, data, kid_subset_size=100, **options)["distance"])
     assert distances == sorted(distances) and distances[-1] > 20 * floor > 0
     assert sampling_floor(data, 1700, **options) < floor / 5
-    with pytest.raises(ConfigError, match="num_samples=1797: the smallest class has 174 images; use at most 1740"):
-        sampling_floor(data, 1797, **options)
+    assert sampling_floor(data, 1749, **options) is not None  # 174 of each class, and the smallest has 174
+
+
+def test_a_floor_is_computed_once_and_left_out_where_it_cannot_be_had(tmp_path):
+    data = image_data(random_images("b"))
+    options = {"extractor": "test-tiny", "device": CPU, "cache_root": tmp_path}
+    TinyConvolution.seen = 0
+    floor = sampling_floor(data, 20, **options)
+    assert floor > 0 and TinyConvolution.seen == 80
+    assert sampling_floor(data, 20, **options) == floor and TinyConvolution.seen == 80
+    [kept] = tmp_path.glob("*.json")
+    kept.write_text("")  # what a power cut may leave
+    assert sampling_floor(data, 20, **options) == floor and TinyConvolution.seen == 100
+    assert sampling_floor(data, 30, **options) != floor and len(list(tmp_path.glob("*.json"))) == 2
+    assert len(list(tmp_path.iterdir())) == 4  # nothing aside: two floors, features and statistics
+    for count in (62, 9):  # 31 of each class are not there; 8 images are too few
+        assert sampling_floor(data, count, **options) is None
 
 
 @pytest.mark.parametrize(("photograph", "classes"), [("china.jpg", {442, 698}), ("flower.jpg", {985})])

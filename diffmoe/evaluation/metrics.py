@@ -10,7 +10,10 @@ The Frechet distance falls with the number of samples: print N beside it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -104,23 +107,34 @@ def check_counts(num_samples: int, num_reference: int, kid_subset_size: int) -> 
 
 
 def sampling_floor(reference: ImageData, num_samples: int, *, extractor: str, device: torch.device, cache_root: Path,
-                   weights_path: Path | None = None, batch_size: int = 64) -> float:
+                   weights_path: Path | None = None, batch_size: int = 64) -> float | None:
     """Return the distance that about `num_samples` real images, the same number of each class, keep from all of them.
 
     It is the share of a distance that comes from drawing few samples; the subset is part of the whole, so that
-    `num_samples` new real images would score a little more.
+    `num_samples` new real images would score a little more. None where a class has too few images, or the subset too
+    few to be measured. A file in `cache_root` keeps it.
 
     Raises:
-        ConfigError: when a class has too few images, or as `measure` does.
+        ConfigError: as `measure` does.
     """
-    each, smallest = num_samples // reference.num_classes, int(reference.labels.bincount().min())
-    require(each <= smallest, "num_samples", num_samples,
-            f"the smallest class has {smallest} images; use at most {smallest * reference.num_classes}")
+    each = num_samples // reference.num_classes
+    smallest = reference.labels.bincount(minlength=reference.num_classes).min()
+    if each > smallest or each * reference.num_classes < MIN_SAMPLES:
+        return None
     order = torch.randperm(len(reference.labels), generator=seeded_generator("sampling floor", 0))
     labels = reference.labels.cpu()[order]
     chosen = torch.cat([order[labels == label][:each] for label in range(reference.num_classes)])
-    return frechet_distance(reference.images[chosen], reference, extractor=extractor, device=device,
-                            cache_root=cache_root, weights_path=weights_path, batch_size=batch_size)
+    options = fidelity_options(reference.images[chosen], reference, extractor=extractor, device=device,
+                               cache_root=cache_root, weights_path=weights_path, batch_size=batch_size)
+    kept = cache_root / f"{options['input2_cache_name']}-{extractor}-floor-{num_samples}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+        return float(json.loads(kept.read_text()))
+    floor = _calculate(options)["distance"]
+    with contextlib.suppress(OSError):  # not kept
+        with tempfile.NamedTemporaryFile("w", dir=cache_root, delete=False) as aside:  # several processes may write it
+            json.dump(floor, aside)
+        Path(aside.name).replace(kept)
+    return floor
 
 
 def fidelity_options(samples: Tensor, reference: ImageData, *, extractor: str, device: torch.device, cache_root: Path,

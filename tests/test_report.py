@@ -24,7 +24,8 @@ from diffmoe.evaluation.grid import decode_examples
 from diffmoe.records import Record, write_record
 from diffmoe.report import __main__ as report
 from diffmoe.report.cost import cost_markdown
-from diffmoe.report.figures import FIGURES, figures_csv, losses_data, points_data, write_figures
+from diffmoe.report.distances import points_data
+from diffmoe.report.figures import FIGURES, figures_csv, losses_data, write_figures
 from diffmoe.report.panels import computation_data, samples_data
 from diffmoe.report.table import PAPER, mean_sd, results_table, table_csv
 from diffmoe.report.verdicts import (

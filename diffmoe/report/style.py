@@ -1,18 +1,28 @@
-"""What all figures share: a colour a system, the look, the note under a title, the first columns of their data."""
+"""What all figures share: a colour a system, a marker a row, the look, title and legend, the first columns of data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from diffmoe.records import Record
+from diffmoe.report.table import row_order
 
 SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffmoe": "DiffMoE",
            "expert_race": "Expert Race"}
 COLOURS = dict(zip(SYSTEMS, ("#5b5b5b", "#de8f05", "#0173b2", "#d1332e", "#029e73"), strict=True))
 OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
 """For systems that a user adds, in alphabetical order."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SWEPT = "threshold swept"
 
 
 def row_columns(record: Record) -> dict[str, object]:
@@ -38,3 +48,46 @@ def system_colour(system: str, records: Sequence[Record]) -> str:
     """Return the colour of a system."""
     others = sorted({record.system for record in records} - set(COLOURS))
     return COLOURS.get(system) or OTHER_COLOURS[others.index(system) % len(OTHER_COLOURS)]
+
+
+def row_style(row: str, records: Sequence[Record]) -> dict[str, str]:
+    """Return colour and marker of a row: its system's colour, its place among the system's rows."""
+    systems = {record.row: record.system for record in records}
+    same = sorted((name for name, system in systems.items() if system == systems[row]), key=row_order)
+    return {"color": system_colour(systems[row], records), "marker": MARKERS[same.index(row) % len(MARKERS)]}
+
+
+def start_figure(records: Sequence[Record], title: str, x: str, y: str, *, metric: bool = True,
+                 sampled: bool = True) -> tuple[Figure, Axes]:
+    """Return an empty figure with its title, the note under it and the axes' names."""
+    set_theme()
+    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    name_figure(figure, records, title, metric=metric, sampled=sampled)
+    return figure, axes
+
+
+def name_figure(figure: Figure, records: Sequence[Record], title: str, *, metric: bool = True,
+                sampled: bool = True) -> None:
+    """Put the title over a figure, with the scale, the distance and the seeds under it."""
+    seeds = sorted({record.seed for record in records})
+    spread = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    note = scale_note(records, metric=metric, sampled=sampled)
+    figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
+
+
+def finish_figure(figure: Figure, axes: Axes) -> Figure:
+    """Put the legend of `axes` beside the figure, sweeps last."""
+    sns.despine(figure)
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: SWEPT in pair[0]))
+    if axes.get_legend():
+        axes.get_legend().remove()
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def distance_axis(records: Sequence[Record]) -> str:
+    """Name the axis of the distance."""
+    return f"{records[0].evaluation['distance_name']} (lower is better)"

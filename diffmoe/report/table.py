@@ -37,6 +37,25 @@ def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
     Raises:
         ConfigError: for no records, a mixture, a row with two configurations, or a cell that is there twice.
     """
+    require_one_protocol(records)
+    rows: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (row_order(record.row), record.seed, record.id)):
+        same = rows.setdefault(record.row, [])
+        if same and same[0].config_digest != record.config_digest:
+            raise ConfigError(f"row {record.row}: mixed configurations {same[0].config_digest} and "
+                              f"{record.config_digest}; move the records of one of them away")
+        if same and same[-1].seed == record.seed:
+            raise ConfigError(f"row {record.row}: seed {record.seed} is there twice, in {same[-1].id} and {record.id}")
+        same.append(record)
+    return rows
+
+
+def require_one_protocol(records: Sequence[Record]) -> None:
+    """Refuse records that were not sampled and measured in one way.
+
+    Raises:
+        ConfigError: for no records, or a mixture.
+    """
     if not records:
         raise ConfigError("no records: nothing to report; run the cells first")
     first = min(records, key=lambda record: record.id)
@@ -46,16 +65,6 @@ def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
             if ours != theirs[what]:
                 raise ConfigError(f"mixed {what}: {first.id} has {ours}, {record.id} has {theirs[what]}; "
                                   "report them in separate folders")
-    rows: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: (_rank(record.row), record.row, record.seed, record.id)):
-        same = rows.setdefault(record.row, [])
-        if same and same[0].config_digest != record.config_digest:
-            raise ConfigError(f"row {record.row}: mixed configurations {same[0].config_digest} and "
-                              f"{record.config_digest}; move the records of one of them away")
-        if same and same[-1].seed == record.seed:
-            raise ConfigError(f"row {record.row}: seed {record.seed} is there twice, in {same[-1].id} and {record.id}")
-        same.append(record)
-    return rows
 
 
 def _protocol(record: Record) -> dict[str, Any]:
@@ -83,8 +92,9 @@ def _guidance(sampling: dict[str, Any]) -> str:
     return f"{scale:g} ({'all' if channels is None else channels} channels, {sampling['guided_forward']})"
 
 
-def _rank(row: str) -> int:
-    return ROW_ORDER.index(row) if row in ROW_ORDER else len(ROW_ORDER)
+def row_order(row: str) -> tuple[int, str]:
+    """Return the key that sorts rows into the table's order."""
+    return ROW_ORDER.index(row) if row in ROW_ORDER else len(ROW_ORDER), row
 
 
 def results_table(records: Sequence[Record]) -> list[list[str]]:

@@ -1,0 +1,99 @@
+"""Figures of the distance: against activated parameters, and against capacity as a threshold is swept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from diffmoe.records import Record
+from diffmoe.report.style import (
+    SWEPT,
+    SYSTEMS,
+    distance_axis,
+    finish_figure,
+    row_columns,
+    row_style,
+    start_figure,
+    system_colour,
+)
+from diffmoe.report.table import group_rows
+
+FEW_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+MANY_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)
+"""Of a logarithmic axis that spans a factor of 5 at most."""
+
+
+def points_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one line a record, and one a threshold of its sweep (`threshold` is empty for the record's own point)."""
+    lines = []
+    for record in (record for rows in group_rows(records).values() for record in rows):
+        own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"]}
+        for point in (own, *record.threshold_sweep):
+            lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
+                key: point[key] for key in ("threshold", "capacity", "activated_params", "distance")})
+    return pd.DataFrame(lines)
+
+
+def distance_against_parameters(records: Sequence[Record]) -> Figure:
+    """Draw distance against activated parameters: a point a row, a curve through a system's sizes."""
+    data = points_data(records)
+    figure, axes = start_figure(records, "Distance against activated parameters",
+                                "activated parameters, M (paper's count, measured)", distance_axis(records))
+    data["activated_params"] /= 1e6
+    for system, group in data[data.threshold.isna()].groupby("system", sort=False):
+        sizes = group.groupby("row")[["activated_params", "distance"]].mean().sort_values("activated_params")
+        if group.training_digest.nunique() == len(sizes) > 1:
+            axes.plot(sizes.activated_params, sizes.distance, color=system_colour(system, records), lw=1.2, zorder=1)
+    _row_points(axes, data, "activated_params", records)
+    _sweeps(axes, data, "activated_params", records)
+    return finish_figure(figure, axes)
+
+
+def distance_against_capacity(records: Sequence[Record]) -> Figure:
+    """Draw each swept checkpoint's distance as one global threshold moves its capacity (the paper's Figure 7)."""
+    data = points_data(records)
+    figure, axes = start_figure(records, "One checkpoint, many capacities: a global threshold is swept",
+                                "capacity C: experts a token, measured; small numbers: the threshold",
+                                distance_axis(records))
+    axes.set_xscale("log")
+    _row_points(axes, data, "capacity", records)
+    _sweeps(axes, data, "capacity", records, named=True)
+    axes.margins(y=0.1)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (FEW_TICKS if high > 5 * low else MANY_TICKS) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    return finish_figure(figure, axes)
+
+
+def _row_points(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record]) -> None:
+    own = data[data.threshold.isna()]
+    for row in group_rows(records):
+        group = own[own.row == row]
+        spread = group[[x, "distance"]].std().fillna(0)
+        axes.errorbar(group[x].mean(), group.distance.mean(), xerr=spread[x], yerr=spread.distance, ls="", ms=7,
+                      elinewidth=1.2, mec="white", mew=0.6, label=group.label.iloc[0], zorder=4,
+                      **row_style(row, records))
+
+
+def _sweeps(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record], *, named: bool = False) -> None:
+    swept = data[data.threshold.notna()]
+    for _, group in swept.groupby("row", sort=False):
+        system = group.system.iloc[0]
+        colour = system_colour(system, records)
+        seeds = sorted(group.seed.unique())
+        some = "" if len(seeds) == data.seed.nunique() else f", seed {', '.join(map(str, seeds))}"
+        points = group.groupby("threshold", as_index=False)[[x, "distance"]].agg(["mean", "std"]).fillna(0)
+        points = points.sort_values((x, "mean"))
+        axes.errorbar(points[x]["mean"], points.distance["mean"], xerr=points[x]["std"], yerr=points.distance["std"],
+                      color=colour, lw=1.4, elinewidth=0.8, marker=".", ms=6, alpha=0.75, zorder=2,
+                      label=f"{SYSTEMS.get(system, system)}, {SWEPT}{some}")
+        for _, point in points.iterrows() if named else ():
+            axes.annotate(f"{point['threshold', '']:g}", (point[x, "mean"], point["distance", "mean"]), (-3, -9),
+                          fontsize=8, textcoords="offset points", ha="right", color=colour, zorder=5,
+                          path_effects=[withStroke(linewidth=2.5, foreground="white")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,19 @@ def fake_record(row: str, seed: int, *, scale: str = "digits", spread: float = 0
         examples=_examples(row, seed, capacity if router else None),
         environment={"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.14.1"}, "hardware": "2 CPU cores",
                      "threads": 1, "peak_memory_bytes": 1_100_000_000})
+
+
+def at_budget(record: Record, budget_images: int) -> Record:
+    """Return what a record's row would have measured at a smaller budget of its training."""
+    share = budget_images / record.training["images"]
+    config = record.config | {"evaluation": record.config["evaluation"] | {"budget_images": budget_images}}
+    training = record.training | {"images": budget_images, "steps": round(share * record.training["steps"]),
+                                  "seconds": share * record.training["seconds"]}
+    worse = share**-0.3
+    sweep = [point | {"distance": worse * point["distance"]} for point in record.threshold_sweep]
+    return replace(record, id=f"{record.row}-{budget_images}-s{record.seed}-fakedata", config=config,
+                   config_digest=f"{record.config_digest[:6]}{budget_images}", training=training, threshold_sweep=sweep,
+                   metrics=record.metrics | {"distance": worse * record.metrics["distance"]})
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:

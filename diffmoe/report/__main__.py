@@ -3,53 +3,90 @@
     python -m diffmoe.report results/digits            reads records/*.json, writes table.md, table.csv, verdicts.md,
                                                        cost.md and figures/ (PNG, and the data of each as CSV)
     python -m diffmoe.report results/digits --check    exit 1 when a file does not follow from the records
+
+Records of several budgets make such a report each, in a subfolder named by its optimiser steps (2000-steps/), and
+budgets.md with the figure of all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
 from diffmoe.records import Record, read_records
+from diffmoe.report.budgets import budgets_data, budgets_markdown, by_budget, distance_against_budget
 from diffmoe.report.command import report_command
 from diffmoe.report.cost import cost_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
-from diffmoe.report.figures import data_digest, drawn_from, figures_csv, write_figures
+from diffmoe.report.figures import Figures, data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
 from diffmoe.report.verdicts import verdicts_markdown
 
 FIGURES = "figures"
+PAGES = ("table.md", "table.csv", "verdicts.md", "cost.md", "budgets.md")
+ACROSS: Figures = {"distance_vs_budget": (budgets_data, distance_against_budget)}
+"""Figures of a folder of several budgets; each budget has its own `DRAWN`."""
 
 
-def report_files(records: Sequence[Record]) -> dict[str, str]:
-    """Return every text file of a report, by its path in the results folder.
+@dataclass(frozen=True)
+class Part:
+    """What a report holds in one folder."""
+
+    records: list[Record]
+    pages: dict[str, str]
+    """Text by file name."""
+    figures: Figures
+
+
+def report_parts(records: Sequence[Record]) -> dict[str, Part]:
+    """Return the parts of a report by their place in the results folder: the folder itself, or one a budget.
 
     Raises:
-        ConfigError: for records that cannot stand in one table.
+        ConfigError: for records that cannot stand in one report.
     """
+    budgets = by_budget(records)
+    parts = {name: Part(same, _pages(same), DRAWN) for name, same in budgets.items()}
+    return parts if len(parts) == 1 else {
+        "": Part(list(records), {"budgets.md": budgets_markdown(records)}, ACROSS)} | parts
+
+
+def _pages(records: Sequence[Record]) -> dict[str, str]:
     return {"table.md": table_markdown(records), "table.csv": table_csv(records),
-            "verdicts.md": verdicts_markdown(records), "cost.md": cost_markdown(records)} | {
-        f"{FIGURES}/{name}.csv": text for name, text in figures_csv(records).items()}
+            "verdicts.md": verdicts_markdown(records), "cost.md": cost_markdown(records)}
+
+
+def report_files(parts: dict[str, Part]) -> dict[str, str]:
+    """Return every text file of a report, by its path in the results folder."""
+    return {str(PurePosixPath(name, path)): text for name, part in parts.items() for path, text in (
+        part.pages | {f"{FIGURES}/{figure}.csv": text
+                      for figure, text in figures_csv(part.records, part.figures).items()}).items()}
 
 
 def write_report(folder: Path) -> list[Path]:
-    """Write the report of `folder`/records and return the paths; figures that lost their data are removed.
+    """Write the report of `folder`/records and return the paths; what earlier records had made is removed.
 
     Raises:
-        ConfigError: for records that cannot be read or stand in one table, or a folder that cannot be written.
+        ConfigError: for records that cannot be read or stand in one report, or a folder that cannot be written.
     """
-    records = _records(folder)
-    files = report_files(records)
+    parts = report_parts(_records(folder))
+    files = report_files(parts)
     try:
         for path in _strays(folder, files):
             path.unlink()
-        (folder / FIGURES).mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
         for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
-        return [folder / name for name in files] + write_figures(records, folder / FIGURES)
+        return [folder / name for name in files] + [
+            path for name, part in parts.items()
+            for path in write_figures(part.records, folder / name / FIGURES, part.figures)]
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error})") from None
 
@@ -58,9 +95,9 @@ def check_report(folder: Path) -> list[str]:
     """Return a line for each file that does not follow from the records; of a picture, whether their data was drawn.
 
     Raises:
-        ConfigError: for records that cannot be read or stand in one table.
+        ConfigError: for records that cannot be read or stand in one report.
     """
-    files = report_files(_records(folder))
+    files = report_files(report_parts(_records(folder)))
     problems = []
     for name, expected in files.items():
         path = folder / name
@@ -88,10 +125,12 @@ def _records(folder: Path) -> list[Record]:
 
 
 def _strays(folder: Path, files: dict[str, str]) -> list[Path]:
-    """Return what is left of figures that these records have no data for; other files in the folder are let be."""
-    paths = [folder / FIGURES / f"{name}{suffix}" for name in DRAWN for suffix in (".csv", ".png")
-             if f"{FIGURES}/{name}.csv" not in files]
-    return [path for path in paths if path.exists()]
+    """Return what is left of reports that these records have no data for; other files in the folder are let be."""
+    known = [*PAGES, *(f"{FIGURES}/{name}{suffix}" for name in (*DRAWN, *ACROSS) for suffix in (".csv", ".png"))]
+    wanted = {folder / name for name in files}
+    wanted |= {path.with_suffix(".png") for path in wanted if path.parent.name == FIGURES}
+    places = [folder, *sorted(folder.glob("[0-9]*-steps")), *sorted(folder.glob("[0-9]*-images"))]
+    return [path for place in places for name in known if (path := place / name) not in wanted and path.exists()]
 
 
 def main(arguments: list[str]) -> int:

@@ -20,11 +20,7 @@ def cost_markdown(records: Sequence[Record]) -> str:
         ConfigError: as `group_rows` does.
     """
     rows = group_rows(records)
-    trainings = {(record.training_digest, record.seed): record.training["seconds"] for record in records}
-    sweeps = [seconds for record in records if (seconds := _sweep_seconds(record)) is not None]
-    parts = {"training": sum(trainings.values()), "sampling": sum(record.sampling["seconds"] for record in records),
-             "evaluation": sum(record.evaluation["seconds"] for record in records)}
-    parts |= {"sweeps": sum(sweeps)} if sweeps else {}
+    parts = {name: seconds for name, seconds in cost_seconds(records).items() if name != "sweeps" or seconds}
     scale, images = records[0].scale, records[0].sampling["num_samples"]
     total = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
     return f"""{format_table([HEADER, *(_cells(same) for same in rows.values())])}
@@ -36,6 +32,17 @@ held until then, earlier rows included. `-`: not recorded.
 
 All {len(records)} records, each training once: {sum(parts.values()) / 60:.1f} minutes ({total}), one after another.
 """
+
+
+def cost_seconds(records: Sequence[Record]) -> dict[str, float]:
+    """Return the seconds of each part of the work; each training once, up to the last of its budgets."""
+    trainings: dict[tuple[str, int], float] = {}
+    for record in records:
+        key = record.training_digest, record.seed
+        trainings[key] = max(trainings.get(key, 0.0), record.training["seconds"])
+    return {"training": sum(trainings.values()), "sampling": sum(record.sampling["seconds"] for record in records),
+            "evaluation": sum(record.evaluation["seconds"] for record in records),
+            "sweeps": sum(_sweep_seconds(record) or 0.0 for record in records)}
 
 
 def _cells(records: Sequence[Record]) -> list[str]:

@@ -196,15 +196,18 @@ def protocol(records: Sequence[Record]) -> str:
     """Say in sentences how the numbers were measured."""
     first = records[0]
     seeds = sorted({record.seed for record in records})
-    ways = sorted({_sampling(record) for record in records})
+    images: dict[str, set[int]] = {}
+    for record in records:
+        images.setdefault(_sampling(record), set()).add(record.training["images"])
+    ways = "; ".join(f"{' or '.join(map(str, sorted(images[way])))} training images, {way}" for way in sorted(images))
     return (f"{first.evaluation['distance_name']} of {first.sampling['num_samples']} samples to {first.data['name']} "
-            f"({first.evaluation['reference']}), {'; '.join(ways)}, seeds {', '.join(map(str, seeds))}.")
+            f"({first.evaluation['reference']}), {ways}, seeds {', '.join(map(str, seeds))}.")
 
 
 def _sampling(record: Record) -> str:
-    sampling, training = record.config["sampling"], record.training
-    return (f"{training['images']} training images, {record.config['diffusion']['process']}, {_sampler(sampling)}, "
-            f"{sampling['num_steps']} steps, guidance {_guidance(sampling)}")
+    sampling = record.config["sampling"]
+    return (f"{record.config['diffusion']['process']}, {_sampler(sampling)}, {sampling['num_steps']} steps, "
+            f"guidance {_guidance(sampling)}")
 
 
 def table_csv(records: Sequence[Record]) -> str:

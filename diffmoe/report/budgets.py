@@ -1,0 +1,115 @@
+"""Budgets: one training is measured after several numbers of images; each budget is a report, this is the page across.
+
+A budget is `evaluation.budget_images`, or the whole run. Its report lies in a subfolder named by its optimiser steps;
+records of one budget need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from diffmoe.config import ConfigError
+from diffmoe.records import Record
+from diffmoe.report.cost import cost_seconds
+from diffmoe.report.style import distance_axis, finish_figure, row_columns, row_style, start_figure
+from diffmoe.report.table import group_rows, mean_sd, protocol, require_one_protocol, row_order
+from diffmoe.report.table1 import format_table
+
+
+def by_budget(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the records of each budget, smallest first, by the name of its subfolder; of one budget alone under "".
+
+    Raises:
+        ConfigError: for records of several budgets that cannot stand on one page, or of a row that was trained anew.
+    """
+    if len({record.config["evaluation"].get("budget_images") for record in records}) <= 1:
+        return {"": list(records)}
+    require_one_protocol(records)
+    trainings: dict[str, Record] = {}
+    budgets: dict[int, list[Record]] = {}
+    for record in records:
+        first = trainings.setdefault(record.row, record)
+        if first.training_digest != record.training_digest:
+            raise ConfigError(f"row {record.row}: budgets of two trainings, {first.training_digest} in {first.id} and "
+                              f"{record.training_digest} in {record.id}; report them in separate folders")
+        budgets.setdefault(record.training["images"], []).append(record)
+    if len(budgets) == 1:
+        return {"": list(records)}
+    return {_name(images, budgets[images]): budgets[images] for images in sorted(budgets)}
+
+
+def _name(images: int, records: Sequence[Record]) -> str:
+    steps = {record.training["steps"] for record in records}
+    return f"{steps.pop()}-steps" if len(steps) == 1 else f"{images}-images"  # batches of several sizes
+
+
+def budgets_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one line a record: its distance, and the images and steps that its training had seen."""
+    ordered = sorted(records, key=lambda record: (row_order(record.row), record.training["images"], record.seed))
+    return pd.DataFrame([row_columns(record) | {key: record.training[key] for key in ("images", "steps")} | {
+        "distance": record.metrics["distance"]} for record in ordered])
+
+
+def distance_against_budget(records: Sequence[Record]) -> Figure:
+    """Draw distance against training images, a line a row, both axes logarithmic."""
+    data = budgets_data(records)
+    figure, axes = start_figure(records, "Distance against training images", "training images, M",
+                                distance_axis(records))
+    for row, group in data.groupby("row", sort=False):
+        found = group.groupby("images").distance.agg(["mean", "std"]).fillna(0)
+        axes.errorbar(found.index / 1e6, found["mean"], found["std"], label=group.label.iloc[0], lw=1.4,
+                      elinewidth=1.2, ms=6, mec="white", mew=0.6, **row_style(row, records))
+    axes.set(xscale="log", yscale="log")
+    budgets = sorted(data.images.unique() / 1e6)
+    axes.set_xticks(budgets, [f"{images:.4g}" for images in budgets])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_yticks([], minor=True)
+    return finish_figure(figure, axes)
+
+
+def budgets_markdown(records: Sequence[Record]) -> str:
+    """Return the distances of all rows at all budgets, and what each budget cost.
+
+    Raises:
+        ConfigError: as `by_budget` and `group_rows` do.
+    """
+    budgets = by_budget(records)
+    rows = {name: group_rows(same) for name, same in budgets.items()}
+    labels = {record.row: record.label for record in records}
+    distances = [["system", *(_heading(same) for same in budgets.values())]]
+    distances += [[labels[row], *(_distance(rows[name].get(row, [])) for name in budgets)]
+                  for row in sorted(labels, key=row_order)]
+    costs = [_cost(same) for same in budgets.values()]
+    header = ["budget", "report", "images", "records", *(f"{part}, min" for part in costs[0])]
+    cost_lines = [[_heading(same), f"[{name}]({name}/table.md)", f"{same[0].training['images']:,}", str(len(same)),
+                   *cost.values()] for (name, same), cost in zip(budgets.items(), costs, strict=True)]
+    total = sum(cost_seconds(records).values()) / 60
+    return f"""{format_table(distances)}
+
+Mean ± sd over seeds (their number). Scale {records[0].scale}. {protocol(records)}
+The budgets of a row are one training, whose averages were kept on the way.
+
+{format_table([header, *cost_lines])}
+
+Training: from the start to the budget, a training that rows share counted once. All {len(records)} records, each
+training once to its largest budget: {total:.1f} minutes, one after another.
+"""
+
+
+def _heading(records: Sequence[Record]) -> str:
+    steps = sorted({record.training["steps"] for record in records})
+    return f"{' or '.join(f'{number:,}' for number in steps)} steps"
+
+
+def _distance(records: Sequence[Record]) -> str:
+    return f"{mean_sd([record.metrics['distance'] for record in records])} ({len(records)})" if records else "-"
+
+
+def _cost(records: Sequence[Record]) -> dict[str, str]:
+    return {part: f"{seconds / 60:,.1f}" for part, seconds in cost_seconds(records).items()}

@@ -257,6 +257,9 @@ class TrainingConfig:
     """Largest norm of the backbone's gradient; predictors are neither counted nor scaled."""
     ema_half_life_images: float = 1_774_357.0
     """Half-life of the weight average in images. Default: 0.9999 a step of 256 images, 256 ln 2 / -ln 0.9999."""
+    ema_width: float | None = None
+    """Width of the average relative to the images seen, its standard deviation over the whole: EDM2's power function
+    (arXiv 2312.02696, section 3.1), which suits every budget of a run alike. null: ema_half_life_images holds."""
     budgets: tuple[int, ...] = ()
     """Images seen after which the averages are kept as they are then: smaller budgets, measured along one run."""
     extra_ema_half_lives: tuple[float, ...] = ()
@@ -279,6 +282,8 @@ class TrainingConfig:
         require(all(0 < budget < self.num_images and budget % self.batch_size == 0 for budget in self.budgets),
                 "training.budgets", list(self.budgets),
                 f"use multiples of batch_size={self.batch_size} below num_images={self.num_images}")
+        require(self.ema_width is None or 0.01 <= self.ema_width <= 0.28, "training.ema_width", self.ema_width,
+                "use 0.01 to 0.28 (0.29 weighs all steps alike), or null")
         require_not_negative(self, "warmup_images", "weight_decay")
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm,
                 "use a positive number, or null to switch clipping off")
@@ -288,14 +293,29 @@ class TrainingConfig:
         """Optimiser steps of the run."""
         return self.num_images // self.batch_size
 
-    @property
-    def ema_decay(self) -> float:
-        """Decay a step that halves a weight's share every `ema_half_life_images`."""
-        return self.decay_of(self.ema_half_life_images)
+    def ema_decay(self, step: int) -> float:
+        """Decay of the run's average in optimiser step `step` (from 1)."""
+        if self.ema_width is None:
+            return self.decay_of(self.ema_half_life_images)
+        return (1 - 1 / step) ** (_power(self.ema_width) + 1)
 
     def decay_of(self, half_life_images: float) -> float:
         """Decay a step that halves a weight's share every `half_life_images`."""
         return 0.5 ** (self.batch_size / half_life_images)
+
+
+@functools.cache
+def _power(width: float) -> float:
+    """Return gamma of the average whose weight at time t of T is (t / T)^gamma, from its relative width.
+
+    That density's variance is (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), which falls with gamma.
+    """
+    low, high = 0.0, width**-2
+    for _ in range(100):  # bisect
+        gamma = (low + high) / 2
+        narrow = (gamma + 1) < width**2 * (gamma + 2) ** 2 * (gamma + 3)
+        low, high = (low, gamma) if narrow else (gamma, high)
+    return low
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,11 +122,12 @@ def read_records(folder: Path) -> list[Record]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe code and machine without naming host, user or path.
 
-    Where the code runs without its git folder, the variable DIFFMOE_COMMIT names its commit.
+    Where the code runs without its git history, the variable DIFFMOE_COMMIT names its commit.
     """
+    commit = os.environ.get("DIFFMOE_COMMIT")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {"commit": _git("rev-parse", "HEAD") or os.environ.get("DIFFMOE_COMMIT", ""),
-            "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    return {"commit": commit or _git("rev-parse", "HEAD"),
+            "dirty": not commit and bool(_git("status", "--porcelain", "--untracked-files=no")),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
             "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads(),
             "peak_memory_bytes": peak_memory_bytes(device)}

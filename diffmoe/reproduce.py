@@ -13,12 +13,12 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import torch
 from tqdm import tqdm
 
 from diffmoe.cells import (
@@ -43,7 +43,7 @@ from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.workers import RunCell, cpu_count, run_cells, visible_gpus
+from diffmoe.workers import cpu_count, run_cells, visible_gpus
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = Path("results")
@@ -104,14 +104,15 @@ def main(arguments: list[str]) -> int:
             print(f"  {cell.record_id(data)}")
         return 0
     if cells:
-        torch.set_num_threads(1)  # of the CPU: as in several processes, so that a result is one at any --jobs
         run = partial(run_cell, scale=options.scale, data=data, store=store, device=device,
                       deadline=time.monotonic() + 60 * options.time_budget)
         with Tracker(options.track, options.scale, [row.config for row in rows]) as tracker, ExitStack() as stack:
             for cell, *_ in groups:
                 stack.enter_context(tracker.follow(store.run_folder(cell, data), cell.row.config, cell.seed,
                                                    data.digest, cell.row.system))
-            _run(cells, run, jobs, store, tracker)
+            # On a CPU always one thread, so that a result is one at any --jobs; beside a GPU they measure the samples.
+            threads = max(1, cpu_count() // jobs) if device.type == "cuda" else 1
+            _run(cells, partial(run_cells, run=run, jobs=jobs, threads=threads), store, tracker)
     write_report(store.folder)
     for images, records in by_budget(read_records(store.records)).items():
         print(f"\nafter {images:,} training images:\n\n{brief_table(records)}")
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _run(cells: list[Cell], run: RunCell, jobs: int, store: Store, tracker: Tracker) -> None:
+def _run(cells: list[Cell], run: Callable[..., Iterator[Record]], store: Store, tracker: Tracker) -> None:
     """Run the cells, show how far each is, and print the table whenever a seed is complete."""
     left = Counter((cell.row.config.images_seen, cell.seed) for cell in cells)
     bars: dict[Cell, TrainingBar] = {}
@@ -134,7 +135,7 @@ def _run(cells: list[Cell], run: RunCell, jobs: int, store: Store, tracker: Trac
     with ExitStack() as stack:
         overall = stack.enter_context(tqdm(total=left.total(), desc="cells", unit="cell"))
         stack.callback(lambda: [bar.close() for bar in bars.values()])
-        for record in stack.enter_context(closing(run_cells(cells, run, jobs, watch))):
+        for record in stack.enter_context(closing(run(cells, watch=watch))):
             tracker.publish(record)
             tqdm.write(_summary(record))
             overall.update()

@@ -37,7 +37,7 @@ Watch = Callable[[Cell, int, dict[str, float]], None]
 """Told the cell in training, its steps done and its latest losses."""
 
 
-def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch) -> Iterator[Record]:
+def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, threads: int = 1) -> Iterator[Record]:
     """Run cells in their order, several at a time, and yield each record when it is written.
 
     Cells that share a training run go one after another. Where there are GPUs, each process has its own, in turn.
@@ -46,12 +46,14 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch) -> I
         run: goes to each process once, with all that it holds.
         jobs: processes; with 1 everything runs in this one.
         watch: called in this process.
+        threads: of the CPU, for each process.
 
     Raises:
         ConfigError: as the cells do, or when a process died; the others save themselves and stop first.
         Interrupted: after SIGINT, SIGTERM or the deadline, when every process has saved itself.
     """
     if jobs == 1:
+        torch.set_num_threads(threads)
         for cell in cells:
             yield run(cell, progress=partial(watch, cell))
         return
@@ -61,7 +63,7 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch) -> I
         gpus.put(gpu)
     waiting = list(cells)
     running: dict[Future[Record | int], Cell] = {}
-    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told, gpus)) as pool:
+    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told, gpus, threads)) as pool:
         try:
             while waiting or running:
                 while len(running) < jobs and (cell := _next(waiting, running.values())):
@@ -125,10 +127,10 @@ _worker: dict[str, Any] = {}
 """What this worker process was started with."""
 
 
-def _start_worker(run: RunCell, told: Any, gpus: Any) -> None:
+def _start_worker(run: RunCell, told: Any, gpus: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; outside training the parent decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # training has a handler of its own
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     if (gpu := gpus.get()) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which it has not yet here
     _worker.update(run=run, told=told)

@@ -69,6 +69,7 @@ MISTAKES = {
     "budget that is not kept": ({"evaluation.budget_images": 8}, ("evaluation.budget_images", "8")),
     "average that is not kept": ({"evaluation.ema_half_life_images": 500}, ("evaluation.ema_half_life_images", "500")),
     "average kept twice": ({"training.extra_ema_half_lives": [5, 5.0]}, ("training.extra_ema_half_lives", "5.0")),
+    "average wider than all steps alike": ({"training.ema_width": 0.3}, ("training.ema_width", "0.3")),
     "average of no half-life": ({"training.extra_ema_half_lives": [0]}, ("training.extra_ema_half_lives", "0")),
     "number for a list": ({"training.extra_ema_half_lives": 5}, ("training.extra_ema_half_lives", "5", "list")),
     "text in a list": ({"training.extra_ema_half_lives": ["a"]}, ("training.extra_ema_half_lives", "'a'")),
@@ -172,9 +173,9 @@ def test_a_size_stands_for_width_depth_and_heads_and_gives_way_to_a_key_beside_i
 
 def test_the_default_ema_halves_at_the_rate_of_0_9999_a_step_of_256_images():
     training = from_dict(TrainingConfig, {"batch_size": 256, "num_images": 256})
-    assert training.ema_decay == pytest.approx(0.9999, abs=1e-9)
+    assert training.ema_decay(1) == pytest.approx(0.9999, abs=1e-9)
     short = from_dict(TrainingConfig, {"batch_size": 50, "num_images": 100, "ema_half_life_images": 200})
-    assert short.ema_decay**4 == pytest.approx(0.5)
+    assert short.ema_decay(1)**4 == pytest.approx(0.5)
 
 
 # ---------------------------------------------------------------- files
@@ -265,7 +266,7 @@ TRAINING_CHANGES = {
     "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
     "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
-    "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_buffers": "average",
+    "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_width": 0.1, "training.ema_buffers": "average",
     "training.precision": "bf16", "training.tf32": True, "training.extra_ema_half_lives": [1000],
     "training.budgets": [16],
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import rand, random_model
 from torch import nn
 
-from diffmoe.config import EmaBuffers
+from diffmoe.config import EmaBuffers, TrainingConfig
 from diffmoe.training.ema import Ema
 
 
@@ -86,6 +87,21 @@ def test_the_average_is_a_detached_copy_in_eval_mode_that_takes_no_gradient():
     assert all(torch.equal(value, before[name]) for name, value in ema.model.state_dict().items())
     ema.update(model, 0.9)
     assert all(parameter.grad_fn is None for parameter in ema.model.parameters())
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
+def test_an_average_by_width_is_as_wide_at_every_budget(width):
+    training = TrainingConfig(batch_size=1, num_images=4000, ema_width=width)
+    weights = np.zeros(4000)  # of each step's parameters in the average
+    for step in range(1, 4001):
+        decay = training.ema_decay(step)
+        weights *= decay
+        weights[step - 1] = 1 - decay
+        if step in (1000, 4000):
+            times = (np.arange(4000) + 0.5) / step
+            mean = weights @ times
+            assert weights.sum() == pytest.approx(1)
+            assert weights @ (times - mean) ** 2 == pytest.approx(width**2, rel=0.02)
 
 
 @pytest.mark.parametrize(("rule", "share"), [(EmaBuffers.COPY, 1.0), (EmaBuffers.AVERAGE, 1 - 0.999**5)])

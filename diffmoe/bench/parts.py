@@ -95,7 +95,7 @@ def list_parts(trainer: Trainer) -> list[Part]:
                  work=lambda: _experts(layer, inputs["moe"])),
         ]
     num = sum(parameter.numel() for parameter in trainer.model.parameters())
-    decay = trainer.config.training.ema_decay
+    decay = trainer.config.training.ema_decay(trainer.step + 1)
     tensors = trainer.batch(0)
     step = (tensors.images, tensors.labels, tensors.noise, tensors.times)
     pixels = tensors.images.numel()

@@ -160,9 +160,9 @@ class Trainer:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(broken, old, buffer))
         training = self.config.training
-        for ema, half_life in zip((self.ema, *self.extra_emas),
-                                  (training.ema_half_life_images, *training.extra_ema_half_lives), strict=True):
-            ema.update(self.model, training.decay_of(half_life), unless=broken if on_device else None)
+        decays = (training.ema_decay(self.step + 1), *map(training.decay_of, training.extra_ema_half_lives))
+        for ema, decay in zip((self.ema, *self.extra_emas), decays, strict=True):
+            ema.update(self.model, decay, unless=broken if on_device else None)
 
     def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""

@@ -210,6 +210,8 @@ def check_evaluation(evaluation: EvaluationConfig, data: TrainingData | None) ->
     check_counts(evaluation.num_samples, len(images), evaluation.kid_subset_size)
     require(evaluation.reference is None or evaluation.second_extractor is None, "evaluation.second_extractor",
             evaluation.second_extractor, f"evaluation.reference is measured with {INCEPTION} alone; use null")
+    require(evaluation.reference is None or not evaluation.memorisation, "evaluation.memorisation", True,
+            "samples are compared with the training images, not with evaluation.reference; use false")
     weights_file(evaluation.extractor, _weights(evaluation))
     if evaluation.second_extractor is not None:
         weights_file(evaluation.second_extractor)
@@ -311,7 +313,8 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
         return measure_adm(samples.images, read_reference(Path(evaluation.reference)), device=device,
                            weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
-                    cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size)
+                    cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size,
+                    memorisation=evaluation.memorisation)
     if evaluation.second_extractor is not None:
         found[distance_name(evaluation.second_extractor)] = frechet_distance(
             samples.images, data, extractor=evaluation.second_extractor, device=device, cache_root=cache)
@@ -361,4 +364,4 @@ def _with_threshold(config: RunConfig, threshold: float) -> RunConfig:
     """Return the configuration at another threshold, with nothing measured that a sweep does not keep."""
     router = replace(config.model.moe.router, global_threshold=threshold)
     return replace(config, model=replace(config.model, moe=replace(config.model.moe, router=router)),
-                   evaluation=replace(config.evaluation, second_extractor=None))
+                   evaluation=replace(config.evaluation, second_extractor=None, memorisation=False))

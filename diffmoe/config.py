@@ -355,6 +355,8 @@ class EvaluationConfig:
     """Feature extractor; its name goes into the distance's. Only Inception's is called FID."""
     second_extractor: str | None = field(default=None, metadata=INFERENCE)
     """Another extractor, whose Frechet distance alone is measured too, under its own name; null: none."""
+    memorisation: bool = field(default=False, metadata=INFERENCE)
+    """Measure too how near samples lie to training images: `nn_ratio` and `copied`."""
     num_samples: int = field(default=50_000, metadata=INFERENCE)
     """Images drawn, seeds 0 to num_samples - 1."""
     kid_subset_size: int = field(default=1000, metadata=INFERENCE)

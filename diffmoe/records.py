@@ -57,8 +57,8 @@ class Record:
     """`extractor`, `distance_name`, `reference` (data digest), `seconds`, and `floor`: by a distance's name, what as
     many training images keep from all of them."""
     metrics: dict[str, float]
-    """`distance`, `kid`, `kid_std`, `precision`, `recall`, what else the extractor gives (`class_accuracy`), and a
-    second extractor's distance by its own name (`FD-cifar64`)."""
+    """`distance`, `kid`, `kid_std`, `precision`, `recall`, what else the extractor gives (`class_accuracy`), a
+    second extractor's distance by its own name (`FD-cifar64`), and on demand `nn_ratio` and `copied`."""
     activation: dict[str, Any]
     """Measured over all sampling calls: `capacity`, `activated_params` (paper), `activated_params_strict`, `gflops`,
     `total_params`, and for mixtures `capacity_by_call` (K), `capacity_by_class`, `expert_load` (L, E), and experts a

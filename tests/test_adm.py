@@ -131,6 +131,7 @@ def test_a_cell_is_measured_against_the_file_and_names_it(tmp_path, monkeypatch)
     assert reference_digest(config.evaluation, data) == adm.read_reference(tmp_path / "r.npz").digest != data.digest
     for evaluation, named in ((replace(config.evaluation, extractor="digits64"), "evaluation.extractor"),
                               (replace(config.evaluation, second_extractor="vgg16"), "evaluation.second_extractor"),
+                              (replace(config.evaluation, memorisation=True), "evaluation.memorisation"),
                               (replace(config.evaluation, kid_subset_size=60, num_samples=90), None),
                               (replace(config.evaluation, kid_subset_size=80, num_samples=90), "kid_subset_size")):
         if named is None:

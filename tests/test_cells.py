@@ -151,7 +151,7 @@ def drawn(images):
     return Samples(images, torch.zeros(len(images), dtype=torch.int64), None, None, None, None)
 
 
-def test_a_second_extractor_adds_its_distance_and_changes_nothing_else(rows, data, tmp_path):
+def test_what_is_measured_on_demand_stands_beside_the_rest(rows, data, tmp_path):
     config = rows["dense"].config
     both = replace(config, evaluation=replace(config.evaluation, second_extractor="test-pixels"))
     check_evaluation(both.evaluation, data)
@@ -160,6 +160,8 @@ def test_a_second_extractor_adds_its_distance_and_changes_nothing_else(rows, dat
     assert found.keys() - alone.keys() == {"FD-test-pixels"}
     second = measure(samples.images, data, extractor="test-pixels", device=CPU, cache_root=tmp_path, kid_subset_size=20)
     assert found == alone | {"FD-test-pixels": pytest.approx(second["distance"])}
+    copies = replace(config, evaluation=replace(config.evaluation, memorisation=True))
+    assert measure_samples(drawn(data.images[:40]), copies, data, tmp_path, CPU)["copied"] == 1
     floors = sampling_floors(both.evaluation, data, tmp_path, CPU)
     assert floors.keys() == {"FD-digits64", "FD-test-pixels"} and min(floors.values()) > 0
     assert sampling_floors(replace(both.evaluation, num_samples=1750), data, tmp_path, CPU) == {}

@@ -276,7 +276,7 @@ INFERENCE_CHANGES = {
     "sampling.clip_denoised": True, f"{ROUTER}.inference": "static", f"{ROUTER}.selection": "predictor",
     f"{ROUTER}.global_threshold": 0.5, f"{ROUTER}.calibration_batches": 4, "evaluation.extractor": "digits64",
     "evaluation.num_samples": 2000, "evaluation.kid_subset_size": 100,
-    "evaluation.second_extractor": "cifar64",
+    "evaluation.second_extractor": "cifar64", "evaluation.memorisation": True,
 }
 RUNTIME_CHANGES = {"runtime.device": "cpu", "runtime.backend": "loop", "runtime.compile": True,
                    "runtime.micro_batch_size": 4, "runtime.max_skipped_steps": 0, "runtime.parallel": "fsdp",

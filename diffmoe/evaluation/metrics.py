@@ -4,6 +4,7 @@
     kid, kid_std        unbiased squared MMD with a cubic kernel, over subsets (Binkowski et al. 2018, section 4)
     precision, recall   share inside the other set's manifold of 3 neighbours (Kynkaanniemi et al. 2019, eq. 2)
     inception_score     Inception only (Salimans et al. 2016)
+    nn_ratio, copied    on demand: how near samples lie to training images, see nearest_neighbours
 
 The Frechet distance falls with the number of samples: print N beside it.
 """
@@ -14,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
+from torch_fidelity.metric_fid import fid_featuresdict_to_statistics_cached, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_featuresdict_to_metric
+from torch_fidelity.metric_kid import kid_featuresdict_to_metric
+from torch_fidelity.metric_prc import prc_featuresdict_to_metric
+from torch_fidelity.utils import (
+    create_feature_extractor,
+    extract_featuresdict_from_input_id_cached,
+    resolve_feature_layer_for_metric,
+)
 
 from diffmoe.config import ConfigError, require
 from diffmoe.data.images import ImageData, seeded_generator
@@ -32,6 +43,12 @@ PREPROCESSING = 1
 
 RNG_SEED = 2020
 """Draws KID's subsets."""
+
+NEAREST_SHARE = 0.01
+"""A sample is called copied where it lies nearer to a training image than this share of training images do."""
+
+CHUNK = 1000
+"""Samples whose distances are held at once: 0.2 GB of float32 at 50,000 training images."""
 
 MIN_SAMPLES = 10
 """The Inception score has 10 parts; precision and recall need 4 samples."""
@@ -56,7 +73,8 @@ class RgbImages(Dataset):
 
 
 def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: torch.device, cache_root: Path,
-            weights_path: Path | None = None, kid_subset_size: int = 1000, batch_size: int = 64) -> dict[str, float]:
+            weights_path: Path | None = None, kid_subset_size: int = 1000, batch_size: int = 64,
+            memorisation: bool = False) -> dict[str, float]:
     """Measure generated images against real ones.
 
     Args:
@@ -67,9 +85,11 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
         weights_path: file with the extractor's weights, in place of a download.
         kid_subset_size: images in each of KID's 100 subsets.
         batch_size: images a call of the extractor; no result depends on it.
+        memorisation: compare features with `nearest_neighbours` too.
 
     Returns:
-        `distance`, `kid`, `kid_std`, `precision`, `recall`, and `inception_score` where the extractor is Inception.
+        `distance`, `kid`, `kid_std`, `precision`, `recall`, `inception_score` where the extractor is Inception, and
+        `nn_ratio` and `copied` on demand.
 
     Raises:
         ConfigError: for inputs that do not fit, before any work; or weights that cannot be had.
@@ -77,8 +97,56 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
     check_counts(len(samples), len(reference.images), kid_subset_size)
     options = fidelity_options(samples, reference, extractor=extractor, device=device, cache_root=cache_root,
                                weights_path=weights_path, batch_size=batch_size)
-    options |= {"kid": True, "kid_subset_size": kid_subset_size, "prc": True, "isc": extractor == INCEPTION}
-    return _calculate(options)
+    options |= {"kid_subset_size": kid_subset_size}
+    metrics = ("fid", "kid", "prc", "isc") if extractor == INCEPTION else ("fid", "kid", "prc")
+    layers = {metric: resolve_feature_layer_for_metric(metric, **options) for metric in metrics}
+    with _one_line_errors(options):  # calculate_metrics, but that it keeps the features
+        network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
+        drawn, real = (extract_featuresdict_from_input_id_cached(number, network, **options) for number in (1, 2))
+        statistics = (fid_featuresdict_to_statistics_cached(features, name, network, layers["fid"], **options)
+                      for features, name in ((drawn, None), (real, options["input2_cache_name"])))
+        results = (fid_statistics_to_metric(*statistics, verbose=False)
+                   | kid_featuresdict_to_metric(drawn, real, layers["kid"], **options)
+                   | prc_featuresdict_to_metric(drawn, real, layers["prc"], **options))
+        if "isc" in layers:
+            results |= isc_featuresdict_to_metric(drawn, layers["isc"], **options)
+    found = {name: results[key] for name, key in RESULTS.items() if key in results}
+    if memorisation:
+        found |= nearest_neighbours(*(features[layers["fid"]].to(device) for features in (drawn, real)))
+    return found
+
+
+def nearest_neighbours(samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """Compare how near samples lie to training images with how near training images lie to one another.
+
+    A sample's distance is the Euclidean one to its nearest training image; a training image's, to the nearest other
+    one, over a fixed subset of as many images as there are samples.
+
+    Args:
+        samples: features (N, D).
+        reference: features of the training images (M, D), on the same device.
+
+    Returns:
+        `nn_ratio`: the median of the samples' distance over that of the subset's; 1 is expected of new real images.
+        `copied`: the share of samples that are as near as the nearest 1 % of the subset; 0.01 is expected of them.
+    """
+    order = torch.randperm(len(reference), generator=seeded_generator("nearest neighbours", 0))
+    subset = order[: len(samples)].to(reference.device)
+    ours, real = _nearest(samples, reference), _nearest(reference[subset], reference, itself=subset)
+    return {"nn_ratio": (ours.quantile(0.5) / real.quantile(0.5)).item(),
+            "copied": (ours <= real.quantile(NEAREST_SHARE)).double().mean().item()}
+
+
+def _nearest(points: Tensor, reference: Tensor, itself: Tensor | None = None) -> Tensor:
+    """Return the distance (N,) of points (N, D) to the nearest of reference (M, D), but for each one's row `itself`."""
+    square = reference.square().sum(1)
+    nearest = []
+    for rows in torch.arange(len(points), device=points.device).split(CHUNK):
+        distance = torch.addmm(square, points[rows], reference.T, alpha=-2)  # (n, M), squared, less the point's square
+        if itself is not None:
+            distance.scatter_(1, itself[rows, None], torch.inf)
+        nearest.append(distance.argmin(1))
+    return (points - reference[torch.cat(nearest)]).norm(dim=1)  # a copy keeps 0, which the products would round
 
 
 def frechet_distance(samples: Tensor, reference: ImageData, *, extractor: str, device: torch.device, cache_root: Path,
@@ -90,7 +158,7 @@ def frechet_distance(samples: Tensor, reference: ImageData, *, extractor: str, d
     """
     options = fidelity_options(samples, reference, extractor=extractor, device=device, cache_root=cache_root,
                                weights_path=weights_path, batch_size=batch_size)
-    return _calculate(options)["distance"]
+    return _distance(options)
 
 
 def check_counts(num_samples: int, num_reference: int, kid_subset_size: int) -> None:
@@ -129,7 +197,7 @@ def sampling_floor(reference: ImageData, num_samples: int, *, extractor: str, de
     kept = cache_root / f"{options['input2_cache_name']}-{extractor}-floor-{num_samples}.json"
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole
         return float(json.loads(kept.read_text()))
-    floor = _calculate(options)["distance"]
+    floor = _distance(options)
     with contextlib.suppress(OSError):  # not kept
         with tempfile.NamedTemporaryFile("w", dir=cache_root, delete=False) as aside:  # several processes may write it
             json.dump(floor, aside)
@@ -162,15 +230,20 @@ def fidelity_options(samples: Tensor, reference: ImageData, *, extractor: str, d
     }
 
 
-def _calculate(options: dict[str, Any]) -> dict[str, float]:
-    """Call torch-fidelity, leave the global random state as it was, and rename the results."""
+def _distance(options: dict[str, Any]) -> float:
+    with _one_line_errors(options):
+        return calculate_metrics(**options)[RESULTS["distance"]]
+
+
+@contextlib.contextmanager
+def _one_line_errors(options: dict[str, Any]) -> Iterator[None]:
+    """Make what torch-fidelity raises one line, and leave the global random state as it was."""
     given = options["feature_extractor_weights_path"]
     unusable = (RuntimeError, UnpicklingError, EOFError) if given else (NotImplementedError,)
     try:
         with torch.random.fork_rng(devices=[]):
-            results = calculate_metrics(**options)
+            yield
     except (OSError, *unusable) as error:  # no network, no write permission, a file that holds something else
         raise ConfigError(f"extractor={options['feature_extractor']}: {str(error)[:200] or type(error).__name__}; "
                           f"check cache_root={options['cache_root']} and weights_path={given}; without a network, "
                           "give the weights as a file") from error
-    return {name: results[key] for name, key in RESULTS.items() if key in results}

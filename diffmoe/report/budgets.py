@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from diffmoe.config import ConfigError
 from diffmoe.records import Record
 from diffmoe.report.cost import cost_seconds
-from diffmoe.report.style import distance_axis, finish_figure, row_columns, row_style, start_figure
+from diffmoe.report.style import distance_axis, finish_figure, floor_line, row_columns, row_style, start_figure
 from diffmoe.report.table import group_rows, mean_sd, protocol, require_one_protocol, row_order
 from diffmoe.report.table1 import format_table
 
@@ -70,6 +70,7 @@ def distance_against_budget(records: Sequence[Record]) -> Figure:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_yticks([], minor=True)
+    floor_line(axes, records)
     return finish_figure(figure, axes)
 
 

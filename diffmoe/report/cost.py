@@ -11,6 +11,8 @@ from diffmoe.report.table1 import format_table
 
 HEADER = ["system", "seeds", "training, s", "images/s", "sampling, s", "samples/s", "evaluation, s", "sweep, s",
           "peak memory, MB", "hardware"]
+MEDIAN = """
+Images/s: the median of a training's log, without its start and checkpoints."""
 
 
 def cost_markdown(records: Sequence[Record]) -> str:
@@ -21,6 +23,7 @@ def cost_markdown(records: Sequence[Record]) -> str:
     """
     rows = group_rows(records)
     parts = {name: seconds for name, seconds in cost_seconds(records).items() if name != "sweeps" or seconds}
+    median = MEDIAN if any("images_per_second" in record.training for record in records) else ""
     scale, images = records[0].scale, records[0].sampling["num_samples"]
     total = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
     return f"""{format_table([HEADER, *(_cells(same) for same in rows.values())])}
@@ -28,10 +31,21 @@ def cost_markdown(records: Sequence[Record]) -> str:
 Scale {scale}, means over seeds. {images} images are drawn and measured; a sweep does so at each threshold.
 Rows that share a checkpoint show its one training. Seconds are wall-clock time, on machines that may have had other
 work. Peak memory of one process: on a GPU that of tensors while the row ran; on a CPU the most that the process had
-held until then, earlier rows included. `-`: not recorded.
+held until then, earlier rows included. `-`: not recorded.{median}
 
 All {len(records)} records, each training once: {sum(parts.values()) / 60:.1f} minutes ({total}), one after another.
 """
+
+
+def images_per_second(record: Record) -> float:
+    """Return the throughput of a training: the median of its log; of an old record all images in all its seconds."""
+    training = record.training
+    return training.get("images_per_second") or training["images"] / training["seconds"]
+
+
+def training_minutes(record: Record) -> float:
+    """Return the wall-clock minutes of a training at its throughput, without start and checkpoints."""
+    return record.training["images"] / images_per_second(record) / 60
 
 
 def cost_seconds(records: Sequence[Record]) -> dict[str, float]:
@@ -48,7 +62,7 @@ def cost_seconds(records: Sequence[Record]) -> dict[str, float]:
 def _cells(records: Sequence[Record]) -> list[str]:
     return [records[0].label, str(len(records)),
             _mean(records, lambda record: record.training["seconds"]),
-            _mean(records, lambda record: record.training["images"] / record.training["seconds"]),
+            _mean(records, images_per_second),
             _mean(records, lambda record: record.sampling["seconds"]),
             _mean(records, lambda record: record.sampling["num_samples"] / record.sampling["seconds"]),
             _mean(records, lambda record: record.evaluation["seconds"]), _mean(records, _sweep_seconds),

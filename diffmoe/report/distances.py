@@ -1,23 +1,32 @@
-"""Figures of the distance: against activated parameters, and against capacity as a threshold is swept."""
+"""Figures of the distance: against activated parameters, capacity as a threshold is swept, and three costs."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
+from diffmoe.config import ModelConfig, from_dict
+from diffmoe.models.counting import ParameterCount, count_parameters, flops_per_call
 from diffmoe.records import Record
+from diffmoe.report.cost import training_minutes
 from diffmoe.report.style import (
     SWEPT,
     SYSTEMS,
     distance_axis,
     finish_figure,
+    floor_line,
+    name_figure,
     row_columns,
     row_style,
+    set_theme,
     start_figure,
     system_colour,
 )
@@ -26,6 +35,9 @@ from diffmoe.report.table import group_rows
 FEW_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 MANY_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)
 """Of a logarithmic axis that spans a factor of 5 at most."""
+COSTS = {"activated_params_strict": "activated parameters, M (strict)", "gflops": "GFLOPs a network call",
+         "training_minutes": "training, minutes"}
+"""Columns and names of the panels of `distance_against_cost`."""
 
 
 def points_data(records: Sequence[Record]) -> pd.DataFrame:
@@ -45,12 +57,10 @@ def distance_against_parameters(records: Sequence[Record]) -> Figure:
     figure, axes = start_figure(records, "Distance against activated parameters",
                                 "activated parameters, M (paper's count, measured)", distance_axis(records))
     data["activated_params"] /= 1e6
-    for system, group in data[data.threshold.isna()].groupby("system", sort=False):
-        sizes = group.groupby("row")[["activated_params", "distance"]].mean().sort_values("activated_params")
-        if group.training_digest.nunique() == len(sizes) > 1:
-            axes.plot(sizes.activated_params, sizes.distance, color=system_colour(system, records), lw=1.2, zorder=1)
+    _sizes(axes, data, "activated_params", records)
     _row_points(axes, data, "activated_params", records)
     _sweeps(axes, data, "activated_params", records)
+    floor_line(axes, records)
     return finish_figure(figure, axes)
 
 
@@ -68,7 +78,64 @@ def distance_against_capacity(records: Sequence[Record]) -> Figure:
     ticks = [tick for tick in (FEW_TICKS if high > 5 * low else MANY_TICKS) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
+    floor_line(axes, records)
     return finish_figure(figure, axes)
+
+
+def cost_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one line a record, and one a threshold of its sweep, with what each costs.
+
+    The training is that of the checkpoint: `training_minutes` of a threshold is empty.
+    """
+    lines = []
+    for record in (record for rows in group_rows(records).values() for record in rows):
+        own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"],
+                                   "training_minutes": training_minutes(record)}
+        for point in (own, *(_counted(point, record) for point in record.threshold_sweep)):
+            lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
+                key: point.get(key, math.nan) for key in ("threshold", "capacity", *COSTS, "distance")})
+    return pd.DataFrame(lines)
+
+
+def _counted(point: dict[str, float], record: Record) -> dict[str, float]:
+    """Return a point of a sweep with the strict count and GFLOPs at its capacity."""
+    count, fixed, routed = _counts(from_dict(ModelConfig, record.config["model"]))
+    return {"activated_params_strict": count.activated_strict(point["capacity"]),
+            "gflops": (fixed + routed * point["capacity"]) / 1e9} | point
+
+
+@functools.cache
+def _counts(model: ModelConfig) -> tuple[ParameterCount, float, float]:
+    """Return a model's parameters, and the FLOPs of a call: of all but the experts, and of them at C = 1."""
+    fixed = flops_per_call(model, 0.0)
+    return count_parameters(model), fixed, flops_per_call(model, 1.0) - fixed
+
+
+def distance_against_cost(records: Sequence[Record]) -> Figure:
+    """Draw distance against the strict count, GFLOPs and training time: a panel each, one axis of distance."""
+    data = cost_data(records)
+    data["activated_params_strict"] /= 1e6
+    set_theme()
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(9, 5.2), sharey=True, layout="constrained")
+    name_figure(figure, records, "Distance against what it costs")
+    for axes, (cost, name) in zip(panels, COSTS.items(), strict=True):
+        _sizes(axes, data, cost, records)
+        _row_points(axes, data, cost, records)
+        _sweeps(axes, data.dropna(subset=cost), cost, records)
+        axes.set_xlabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    panels[0].set_ylabel(distance_axis(records))
+    for axes in panels:
+        floor_line(axes, records, named=axes is panels[-1])
+    return finish_figure(figure, panels[0], below=True)
+
+
+def _sizes(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record]) -> None:
+    """Draw a curve through the sizes of a system whose rows are all trainings of their own."""
+    for system, group in data[data.threshold.isna()].groupby("system", sort=False):
+        sizes = group.groupby("row")[[x, "distance"]].mean().sort_values(x)
+        if group.training_digest.nunique() == len(sizes) > 1:
+            axes.plot(sizes[x], sizes.distance, color=system_colour(system, records), lw=1.2, zorder=1)
 
 
 def _row_points(axes: Axes, data: pd.DataFrame, x: str, records: Sequence[Record]) -> None:

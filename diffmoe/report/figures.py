@@ -17,7 +17,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffmoe.records import Record
-from diffmoe.report.distances import distance_against_capacity, distance_against_parameters, points_data
+from diffmoe.report.distances import (
+    cost_data,
+    distance_against_capacity,
+    distance_against_cost,
+    distance_against_parameters,
+    points_data,
+)
 from diffmoe.report.panels import (
     computation,
     computation_data,
@@ -117,6 +123,7 @@ Frame, Draw = Callable[[Sequence[Record]], pd.DataFrame], Callable[[Sequence[Rec
 Figures = dict[str, tuple[Frame, Draw]]
 FIGURES: Figures = {
     "distance_vs_activated_params": (points_data, distance_against_parameters),
+    "distance_vs_cost": (cost_data, distance_against_cost),
     "distance_vs_capacity": (points_data, distance_against_capacity),
     "training_loss": (losses_data, training_loss),
     "capacity_by_call": (calls_data, capacity_by_call),

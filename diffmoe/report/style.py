@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from diffmoe.records import Record
-from diffmoe.report.table import row_order
+from diffmoe.report.table import floors, row_order
 
 SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffmoe": "DiffMoE",
            "expert_race": "Expert Race"}
@@ -23,6 +24,7 @@ OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
 """For systems that a user adds, in alphabetical order."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SWEPT = "threshold swept"
+FLOOR = "floor: as many training images"
 
 
 def row_columns(record: Record) -> dict[str, object]:
@@ -77,14 +79,28 @@ def name_figure(figure: Figure, records: Sequence[Record], title: str, *, metric
     figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
 
 
-def finish_figure(figure: Figure, axes: Axes) -> Figure:
-    """Put the legend of `axes` beside the figure, sweeps last."""
+def floor_line(axes: Axes, records: Sequence[Record], *, named: bool = True) -> None:
+    """Draw the training set's floor where it lies in view; call it when all else is drawn."""
+    floor = floors(records).get(records[0].evaluation["distance_name"])
+    low, high = axes.get_ylim()
+    if floor is None or not low <= floor <= high:
+        return
+    axes.axhline(floor, color="0.45", lw=0.9, ls=(0, (6, 3)), zorder=0)
+    axes.set_ylim(low, high)
+    if named:
+        axes.annotate(FLOOR, (0.99, floor), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=8, color="0.35", path_effects=[withStroke(linewidth=2.5, foreground="w")])
+
+
+def finish_figure(figure: Figure, axes: Axes, *, below: bool = False) -> Figure:
+    """Put the legend of `axes` beside the figure, or below it, sweeps last."""
     sns.despine(figure)
     handles, labels = axes.get_legend_handles_labels()
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: SWEPT in pair[0]))
     if axes.get_legend():
         axes.get_legend().remove()
-    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=9)
+    place = {"loc": "outside lower center", "ncols": 4} if below else {"loc": "outside right center"}
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=9, **place)
     return figure
 
 

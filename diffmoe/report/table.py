@@ -180,7 +180,7 @@ def table_markdown(records: Sequence[Record]) -> str:
     cv = paper["seed_cv"]
     return f"""{format_table(results_table(records))}
 
-Scale {first.scale}. {protocol(records)} Mean ± sd over seeds.
+Scale {first.scale}. {protocol(records)} Mean ± sd over seeds.{_floor_sentence(records)}
 C: experts a token, measured over all sampling calls. Activated: parameters that work on an average token, in millions,
 by the paper's Eq. 40 and strictly (whatever runs on every token counts whole). GFLOPs of one network call on one image.
 
@@ -190,6 +190,20 @@ Published: FID-50K on ImageNet 256 after 700K steps without guidance, one seed e
 our ratio to Dense and of the published one are more than {CHANCE * cv:.3f} apart: 1.96 √2 times {cv:.0%}, the upper end
 of the published coefficient of variation of FID over training seeds. Two ratios within it may differ by seeds alone.
 """
+
+
+def floors(records: Sequence[Record]) -> dict[str, float]:
+    """Return what as many training images keep from all of them, by the distance's name, where records tell it."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, floor in record.evaluation.get("floor", {}).items():
+            found.setdefault(name, []).append(floor)
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def _floor_sentence(records: Sequence[Record]) -> str:
+    found = ", ".join(f"{name} {floor:.4g}" for name, floor in floors(records).items())
+    return found and f"\nThe training set's floor, as many of its images measured in place of samples: {found}."
 
 
 def protocol(records: Sequence[Record]) -> str:

@@ -26,10 +26,11 @@ from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, RunConfig, digest, from_dict
 from diffmoe.records import Record, read_records
 from diffmoe.report.command import report_command
+from diffmoe.report.comparison import compare
 from diffmoe.report.figures import data_digest, drawn_from
 from diffmoe.report.table import group_rows, log_distance, mean_log_distance, mean_sd, percent, protocol
 from diffmoe.report.table1 import format_table
-from diffmoe.report.verdicts import NOT_EVIDENCE, compare
+from diffmoe.report.verdicts import NOT_EVIDENCE
 
 ABOUT = """\
 To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds (paired t

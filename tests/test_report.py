@@ -23,23 +23,13 @@ from diffmoe.config import ConfigError, digest
 from diffmoe.evaluation.grid import decode_examples
 from diffmoe.records import Record, write_record
 from diffmoe.report import __main__ as report
+from diffmoe.report.comparison import compare, detection_power, holm, holm_factors, seeds_to_decide, smallest_gap
 from diffmoe.report.cost import cost_markdown
 from diffmoe.report.distances import points_data
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data, write_figures
 from diffmoe.report.panels import computation_data, samples_data
 from diffmoe.report.table import PAPER, mean_sd, results_table, table_csv
-from diffmoe.report.verdicts import (
-    Claim,
-    compare,
-    detection_power,
-    holm,
-    holm_factors,
-    judge,
-    load_claims,
-    seeds_to_decide,
-    smallest_gap,
-    verdicts_markdown,
-)
+from diffmoe.report.verdicts import Claim, judge, load_claims, verdicts_markdown
 
 ROOT = Path(__file__).parent.parent
 DRAWN_ROWS = ("tc", "dense", "diffmoe-static", "diffmoe")

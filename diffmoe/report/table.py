@@ -26,6 +26,8 @@ ROW_ORDER = ("tc", "dense", "ec-static", "ec-dynamic", "diffmoe-static", "diffmo
 """Lines of the table from the top; rows of other names follow in alphabetical order."""
 BASELINE = "dense"
 CORE_METRICS = ("distance", "kid", "kid_std", "precision", "recall")
+DISTANCES = ("FD-", "FID")
+"""How the names of distances begin; see `distance_name`."""
 MEASURED = ("capacity", "activated_params", "activated_params_strict", "gflops", "total_params")
 CHANCE = 1.96 * math.sqrt(2)
 """Two independent runs differ by less than this many standard deviations of one, 19 times in 20."""
@@ -104,19 +106,26 @@ def results_table(records: Sequence[Record]) -> list[list[str]]:
         ConfigError: as `group_rows` does.
     """
     rows = group_rows(records)
-    extras = sorted({name for record in records for name in record.metrics} - set(CORE_METRICS))
+    seconds = second_distances(records)
+    extras = sorted({name for record in records for name in record.metrics} - {*CORE_METRICS, *seconds})
     distance_name = records[0].evaluation["distance_name"]
-    table = [["system", "C", "activated, M: paper", "strict", "GFLOPs", distance_name, "KID x1000", "precision",
-              "recall", *(name.replace("_", " ") for name in extras), "seeds",
+    table = [["system", "C", "activated, M: paper", "strict", "GFLOPs", distance_name, *seconds, "KID x1000",
+              "precision", "recall", *(name.replace("_", " ") for name in extras), "seeds",
               f"{distance_name} to Dense", "published FID", "published to Dense", "differs"]]
     for row, same in rows.items():
         table.append([
             same[0].label, _measured(same, "capacity"), _measured(same, "activated_params", 1e6),
             _measured(same, "activated_params_strict", 1e6), _measured(same, "gflops"),
-            _metric(same, "distance"), _metric(same, "kid", 1000), _metric(same, "precision"), _metric(same, "recall"),
-            *(_metric(same, name) for name in extras),
+            _metric(same, "distance"), *(_metric(same, name) for name in seconds), _metric(same, "kid", 1000),
+            _metric(same, "precision"), _metric(same, "recall"), *(_metric(same, name) for name in extras),
             str(len(same)), *_beside_paper(row, rows)])
     return table
+
+
+def second_distances(records: Sequence[Record]) -> list[str]:
+    """Name the distances by further extractors that all records have."""
+    shared = set.intersection(*(set(record.metrics) for record in records))
+    return sorted(name for name in shared if name.startswith(DISTANCES))
 
 
 def _beside_paper(row: str, rows: dict[str, list[Record]]) -> list[str]:

@@ -18,17 +18,28 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from scipy import optimize, stats
 
 from diffmoe.config import ConfigError
 from diffmoe.records import Record
-from diffmoe.report.table import group_rows, log_distance, percent
+from diffmoe.report.comparison import (
+    ALPHA,
+    MOST_SEEDS,
+    POWER,
+    Comparison,
+    compare,
+    holm,
+    holm_factors,
+    seeds_to_decide,
+    smallest_gap,
+)
+from diffmoe.report.table import group_rows, log_distance, percent, second_distances
 from diffmoe.report.table1 import format_table
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
-ALPHA, POWER, MOST_SEEDS = 0.05, 0.8, 1000
 NOT_EVIDENCE = "pipeline check, not evidence"
 """Heads the verdicts of the scale `digits`."""
+COLUMNS = ("claim", "effect", "95 % interval", "paper's", "test", "seeds", "p", "p, Holm", "verdict", "why",
+           "smallest gap shown", "seeds to decide")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +69,6 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two rows measured against each other; log ratios. Without two seeds there is no test."""
-
-    num_seeds: int
-    effect: float | None = None
-    interval: tuple[float, float] | None = None
-    p: float = 1.0
-    variances: tuple[float, ...] = ()
-    """Of the log distances of each row (Welch), or of their differences (paired): one run each."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """A claim, judged."""
 
@@ -89,72 +88,19 @@ def load_claims(path: Path = CLAIMS) -> list[Claim]:
     return [Claim(**{**entry, "published": tuple(entry["published"])}) for entry in yaml.safe_load(path.read_text())]
 
 
-def compare(better: Sequence[float], worse: Sequence[float], *, paired: bool) -> Comparison:
-    """Compare log distances: effect, 95 % interval and two-sided p by paired t (same order of seeds) or Welch."""
-    num_seeds = min(len(better), len(worse))
-    if num_seeds == 0:
-        return Comparison(num_seeds=0)
-    effect = float(np.mean(better) - np.mean(worse))
-    samples = [np.subtract(better, worse)] if paired else [np.asarray(better), np.asarray(worse)]
-    if num_seeds == 1 or all(np.ptp(sample) < 1e-12 for sample in samples):  # no spread to judge an effect by
-        return Comparison(num_seeds=num_seeds, effect=effect)
-    test = stats.ttest_1samp(samples[0], 0.0) if paired else stats.ttest_ind(*samples, equal_var=False)
-    low, high = test.confidence_interval(1 - ALPHA)
-    return Comparison(num_seeds=num_seeds, effect=effect, interval=(float(low), float(high)), p=float(test.pvalue),
-                      variances=tuple(float(np.var(sample, ddof=1)) for sample in samples))
-
-
-def holm_factors(p_values: Sequence[float]) -> list[int]:
-    """Return what Holm multiplies each p with: m for the smallest, 1 for the largest."""
-    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
-    return [len(p_values) - int(rank) for rank in ranks]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values (Holm 1979): step down, never below an adjusted p of a smaller one."""
-    products = np.multiply(p_values, holm_factors(p_values))
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(products[order]), 1.0)
-    return adjusted.tolist()
-
-
-def detection_power(effect: float, variances: Sequence[float], num_seeds: int, level: float) -> float:
-    """Return the chance that a two-sided t test of this level finds a true effect, with `num_seeds` seeds a row."""
-    freedom = (num_seeds - 1) * sum(variances) ** 2 / sum(variance**2 for variance in variances)
-    shift = abs(effect) / math.sqrt(sum(variances) / num_seeds)
-    return float(stats.nct.sf(stats.t.isf(level / 2, freedom), freedom, shift))  # the other tail is negligible
-
-
-def smallest_gap(variances: Sequence[float], num_seeds: int, level: float) -> float:
-    """Return the log ratio that is found with power 0.8."""
-    unit = math.sqrt(sum(variances) / num_seeds)
-    high = unit
-    while detection_power(high, variances, num_seeds, level) < POWER:
-        high *= 2
-    return optimize.brentq(lambda gap: detection_power(gap, variances, num_seeds, level) - POWER, 0, high)
-
-
-def seeds_to_decide(effect: float, variances: Sequence[float], level: float) -> int | None:
-    """Return the seeds a row with which a true effect is found with power 0.8; None above 1000."""
-    if detection_power(effect, variances, MOST_SEEDS, level) < POWER:
-        return None
-    low, high = 1, MOST_SEEDS  # power rises with the seeds: bisect
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if detection_power(effect, variances, middle, level) >= POWER else (middle, high)
-    return high
-
-
-def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None) -> list[Verdict]:
+def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None,
+          distance: str = "distance") -> list[Verdict]:
     """Judge each claim by the rule in this file's docstring.
+
+    Args:
+        distance: name of a metric that every record has.
 
     Raises:
         ConfigError: for records that cannot be compared, or that share checkpoints where their claim says otherwise.
     """
     claims = load_claims() if claims is None else claims
     rows = group_rows(records)
-    found = [compare(*_log_distances(claim, rows), paired=claim.shares_checkpoint) for claim in claims]
+    found = [compare(*_log_distances(claim, rows, distance), paired=claim.shares_checkpoint) for claim in claims]
     p_values = [comparison.p for comparison in found]
     verdicts = []
     for claim, comparison, adjusted, factor in zip(claims, found, holm(p_values), holm_factors(p_values), strict=True):
@@ -183,7 +129,7 @@ def _decide(claim: Claim, comparison: Comparison, adjusted: float) -> tuple[str,
     return ("not reproduced", size) if size else ("undecided", "too few seeds")
 
 
-def _log_distances(claim: Claim, rows: dict[str, list[Record]]) -> tuple[list[float], list[float]]:
+def _log_distances(claim: Claim, rows: dict[str, list[Record]], distance: str) -> tuple[list[float], list[float]]:
     """Return the two rows' log distances; of the seeds that both have, in one order, where they share checkpoints."""
     better, worse = ({record.seed: record for record in rows.get(row, [])} for row in (claim.better, claim.worse))
     both = sorted(better.keys() & worse.keys())
@@ -193,21 +139,23 @@ def _log_distances(claim: Claim, rows: dict[str, list[Record]]) -> tuple[list[fl
             raise ConfigError(f"claim {claim.text}: shares_checkpoint={str(claim.shares_checkpoint).lower()}, but the "
                               f"training digests are {digests[0]} and {digests[1]}; correct {CLAIMS.name} or the rows")
     if claim.equal_capacity:
-        values = {seed: _at_capacity(better[seed], worse[seed].activation["capacity"]) for seed in both}
+        values = {seed: at_capacity(better[seed], worse[seed].activation["capacity"], distance) for seed in both}
         both = [seed for seed in both if values[seed] is not None]
-        return [values[seed] for seed in both], [_own(worse[seed]) for seed in both]
+        return [values[seed] for seed in both], [own(worse[seed], distance) for seed in both]
     if claim.shares_checkpoint:
         better, worse = ({seed: row[seed] for seed in both} for row in (better, worse))
-    return [_own(record) for record in better.values()], [_own(record) for record in worse.values()]
+    return [own(record, distance) for record in better.values()], [own(record, distance) for record in worse.values()]
 
 
-def _own(record: Record) -> float:
-    return log_distance(record.metrics["distance"], record.id)
+def own(record: Record, distance: str = "distance") -> float:
+    """Return the log distance of a record."""
+    return log_distance(record.metrics[distance], record.id)
 
 
-def _at_capacity(record: Record, capacity: float) -> float | None:
+def at_capacity(record: Record, capacity: float, distance: str = "distance") -> float | None:
     """Interpolate the log distance of a threshold sweep; None where the sweep does not reach the capacity."""
-    points = sorted((point["capacity"], log_distance(point["distance"], record.id)) for point in record.threshold_sweep)
+    points = sorted((point["capacity"], log_distance(point[distance], record.id)) for point in record.threshold_sweep
+                    if distance in point)
     if not points or not points[0][0] <= capacity <= points[-1][0]:
         return None
     return float(np.interp(capacity, *zip(*points, strict=True)))
@@ -216,8 +164,8 @@ def _at_capacity(record: Record, capacity: float) -> float | None:
 def verdicts_markdown(records: Sequence[Record]) -> str:
     """Return the verdicts as Markdown; at the scale `digits` their column says that it is no evidence."""
     heading = NOT_EVIDENCE if records[0].scale == "digits" else "verdict"
-    cells = [["claim", "effect", "95 % interval", "paper's", "test", "seeds", "p", "p, Holm", heading, "why",
-              "smallest gap shown", "seeds to decide"], *(_cells(verdict) for verdict in judge(records))]
+    header = [heading if column == "verdict" else column for column in COLUMNS]
+    cells = [header, *(_cells(verdict) for verdict in judge(records))]
     about = " ".join(line for line in __doc__.split("\n\n")[1].splitlines())
     return f"""{format_table(cells)}
 
@@ -225,6 +173,22 @@ def verdicts_markdown(records: Sequence[Record]) -> str:
 Reproduced: the claimed order with Holm's p < {ALPHA}. Not reproduced: the other order with p < {ALPHA}, or an interval
 that excludes the paper's effect. Else undecided. Smallest gap: what these seeds show with power {POWER} at the level
 that Holm leaves to the claim; seeds to decide: a row's seeds that would so show the paper's effect, at today's spread.
+{"".join(_by_distance(records, name, heading) for name in second_distances(records))}"""
+
+
+def _by_distance(records: Sequence[Record], name: str, heading: str) -> str:
+    """Return the section of a second distance."""
+    lines = [["claim", "effect", "95 % interval", "p", "p, Holm", heading]]
+    for verdict in judge(records, distance=name):
+        cells = dict(zip(COLUMNS, _cells(verdict), strict=True))
+        lines.append([*(cells[column] for column in lines[0][:-1]), verdict.verdict])
+    return f"""
+## By {name}
+
+The same claims and rule on another network's features of the same samples; Holm over this list alone. A claim at equal
+C has no test here where its sweep has the first distance only.
+
+{format_table(lines)}
 """
 
 

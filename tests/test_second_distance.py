@@ -1,0 +1,48 @@
+"""A second distance: a column beside the first, and the claims judged by it alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fake_records import fake_records
+
+from diffmoe.records import Record
+from diffmoe.report.table import results_table, second_distances
+from diffmoe.report.verdicts import judge, verdicts_markdown
+
+SECOND = "FD-cifar64"
+
+
+def with_second(records: list[Record], distances: dict[str, float]) -> list[Record]:
+    """Return records with a second distance, a mean a row, and 1 % more each seed."""
+    return [replace(record, metrics=record.metrics | {SECOND: distances[record.row] * 1.01**record.seed, "copied": 0.1})
+            for record in records]
+
+
+def test_it_stands_beside_the_first_where_all_records_have_it() -> None:
+    records = with_second(fake_records(["dense", "diffmoe"], scale="cifar10"), {"dense": 2.0, "diffmoe": 1.0})
+    header, *lines = results_table(records)
+    assert header[header.index("FD-digits64") + 1] == SECOND and header.count(SECOND) == 1
+    assert [line[header.index(SECOND)] for line in lines] == ["2.020 ± 0.020", "1.010 ± 0.010"]
+    assert second_distances(records) == [SECOND]  # `copied` is no distance
+    records[0].metrics.pop(SECOND)
+    assert second_distances(records) == [] and "## By" not in verdicts_markdown(records)
+
+
+def test_its_verdicts_are_its_own() -> None:
+    records = with_second(fake_records(["dense", "diffmoe"], scale="cifar10"), {"dense": 1.0, "diffmoe": 1.2})
+    first, second = judge(records)[0], judge(records, distance=SECOND)[0]
+    assert (first.claim.text, first.verdict) == ("diffmoe < dense", "reproduced")
+    assert (second.verdict, second.reason) == ("not reproduced", "the other way round")
+    assert second.comparison.effect == pytest.approx(0.1823, abs=1e-4)  # ln 1.2
+    page, section = verdicts_markdown(records).split(f"## By {SECOND}\n")
+    assert "+20.0 %" in section and "+20.0 %" not in page
+
+
+def test_a_sweep_without_it_has_no_test_at_equal_capacity() -> None:
+    rows = {"diffmoe": 1.0, "diffmoe-static": 1.2}
+    records = with_second(fake_records(list(rows)), rows)
+    assert judge(records)[-1].comparison.num_seeds == 3
+    last = judge(records, distance=SECOND)[-1]
+    assert last.claim.equal_capacity and last.verdict == "undecided" and last.comparison.num_seeds == 0

@@ -50,14 +50,14 @@ def report_parts(records: Sequence[Record]) -> dict[str, Part]:
         ConfigError: for records that cannot stand in one report.
     """
     budgets = by_budget(records)
-    parts = {name: Part(same, _pages(same), DRAWN) for name, same in budgets.items()}
+    parts = {name: Part(same, _pages(same, records), DRAWN) for name, same in budgets.items()}
     return parts if len(parts) == 1 else {
         "": Part(list(records), {"budgets.md": budgets_markdown(records)}, ACROSS)} | parts
 
 
-def _pages(records: Sequence[Record]) -> dict[str, str]:
+def _pages(records: Sequence[Record], everything: Sequence[Record]) -> dict[str, str]:
     return {"table.md": table_markdown(records), "table.csv": table_csv(records),
-            "verdicts.md": verdicts_markdown(records), "cost.md": cost_markdown(records)}
+            "verdicts.md": verdicts_markdown(records, everything), "cost.md": cost_markdown(records)}
 
 
 def report_files(parts: dict[str, Part]) -> dict[str, str]:

@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 
-from diffmoe.config import ConfigError
 from diffmoe.records import Record
 from diffmoe.report.comparison import (
     ALPHA,
@@ -32,7 +30,9 @@ from diffmoe.report.comparison import (
     seeds_to_decide,
     smallest_gap,
 )
-from diffmoe.report.table import group_rows, log_distance, percent, second_distances
+from diffmoe.report.questions import questions_markdown
+from diffmoe.report.readings import as_measured
+from diffmoe.report.table import group_rows, percent, second_distances
 from diffmoe.report.table1 import format_table
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -100,7 +100,9 @@ def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None,
     """
     claims = load_claims() if claims is None else claims
     rows = group_rows(records)
-    found = [compare(*_log_distances(claim, rows, distance), paired=claim.shares_checkpoint) for claim in claims]
+    found = [compare(*as_measured(rows, claim.better, claim.worse, shares_checkpoint=claim.shares_checkpoint,
+                                  equal_capacity=claim.equal_capacity, distance=distance),
+                     paired=claim.shares_checkpoint) for claim in claims]
     p_values = [comparison.p for comparison in found]
     verdicts = []
     for claim, comparison, adjusted, factor in zip(claims, found, holm(p_values), holm_factors(p_values), strict=True):
@@ -129,51 +131,30 @@ def _decide(claim: Claim, comparison: Comparison, adjusted: float) -> tuple[str,
     return ("not reproduced", size) if size else ("undecided", "too few seeds")
 
 
-def _log_distances(claim: Claim, rows: dict[str, list[Record]], distance: str) -> tuple[list[float], list[float]]:
-    """Return the two rows' log distances; of the seeds that both have, in one order, where they share checkpoints."""
-    better, worse = ({record.seed: record for record in rows.get(row, [])} for row in (claim.better, claim.worse))
-    both = sorted(better.keys() & worse.keys())
-    for seed in both:
-        digests = better[seed].training_digest, worse[seed].training_digest
-        if (digests[0] == digests[1]) != claim.shares_checkpoint:
-            raise ConfigError(f"claim {claim.text}: shares_checkpoint={str(claim.shares_checkpoint).lower()}, but the "
-                              f"training digests are {digests[0]} and {digests[1]}; correct {CLAIMS.name} or the rows")
-    if claim.equal_capacity:
-        values = {seed: at_capacity(better[seed], worse[seed].activation["capacity"], distance) for seed in both}
-        both = [seed for seed in both if values[seed] is not None]
-        return [values[seed] for seed in both], [own(worse[seed], distance) for seed in both]
-    if claim.shares_checkpoint:
-        better, worse = ({seed: row[seed] for seed in both} for row in (better, worse))
-    return [own(record, distance) for record in better.values()], [own(record, distance) for record in worse.values()]
+def verdicts_markdown(records: Sequence[Record], everything: Sequence[Record] = ()) -> str:
+    """Return the verdicts as Markdown.
 
+    At the scale `digits` their column says that they are no evidence, and no open question is put to it.
 
-def own(record: Record, distance: str = "distance") -> float:
-    """Return the log distance of a record."""
-    return log_distance(record.metrics[distance], record.id)
-
-
-def at_capacity(record: Record, capacity: float, distance: str = "distance") -> float | None:
-    """Interpolate the log distance of a threshold sweep; None where the sweep does not reach the capacity."""
-    points = sorted((point["capacity"], log_distance(point[distance], record.id)) for point in record.threshold_sweep
-                    if distance in point)
-    if not points or not points[0][0] <= capacity <= points[-1][0]:
-        return None
-    return float(np.interp(capacity, *zip(*points, strict=True)))
-
-
-def verdicts_markdown(records: Sequence[Record]) -> str:
-    """Return the verdicts as Markdown; at the scale `digits` their column says that it is no evidence."""
-    heading = NOT_EVIDENCE if records[0].scale == "digits" else "verdict"
+    Args:
+        everything: records of all budgets; none: `records` are all.
+    """
+    is_evidence = records[0].scale != "digits"
+    heading = "verdict" if is_evidence else NOT_EVIDENCE
+    more = [_by_distance(records, name, heading) for name in second_distances(records)]
+    if is_evidence:
+        more.append(questions_markdown(records, everything or records))
     header = [heading if column == "verdict" else column for column in COLUMNS]
     cells = [header, *(_cells(verdict) for verdict in judge(records))]
     about = " ".join(line for line in __doc__.split("\n\n")[1].splitlines())
-    return f"""{format_table(cells)}
+    claims = f"""{format_table(cells)}
 
 {about}
 Reproduced: the claimed order with Holm's p < {ALPHA}. Not reproduced: the other order with p < {ALPHA}, or an interval
 that excludes the paper's effect. Else undecided. Smallest gap: what these seeds show with power {POWER} at the level
 that Holm leaves to the claim; seeds to decide: a row's seeds that would so show the paper's effect, at today's spread.
-{"".join(_by_distance(records, name, heading) for name in second_distances(records))}"""
+"""
+    return "\n".join([claims, *more])
 
 
 def _by_distance(records: Sequence[Record], name: str, heading: str) -> str:
@@ -182,8 +163,7 @@ def _by_distance(records: Sequence[Record], name: str, heading: str) -> str:
     for verdict in judge(records, distance=name):
         cells = dict(zip(COLUMNS, _cells(verdict), strict=True))
         lines.append([*(cells[column] for column in lines[0][:-1]), verdict.verdict])
-    return f"""
-## By {name}
+    return f"""## By {name}
 
 The same claims and rule on another network's features of the same samples; Holm over this list alone. A claim at equal
 C has no test here where its sweep has the first distance only.

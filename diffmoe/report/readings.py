@@ -40,10 +40,11 @@ def as_measured(rows: Rows, first: str, second: str, *, shares_checkpoint: bool,
     if equal_capacity:
         values = {seed: _at_capacity(ours[seed], theirs[seed].activation["capacity"], distance) for seed in both}
         both = [seed for seed in both if values[seed] is not None]
-        return [values[seed] for seed in both], [_own(theirs[seed], distance) for seed in both]
+        return [values[seed] for seed in both], [own_log_distance(theirs[seed], distance) for seed in both]
     if shares_checkpoint:
         ours, theirs = ({seed: row[seed] for seed in both} for row in (ours, theirs))
-    return [_own(record, distance) for record in ours.values()], [_own(record, distance) for record in theirs.values()]
+    return ([own_log_distance(record, distance) for record in ours.values()],
+            [own_log_distance(record, distance) for record in theirs.values()])
 
 
 def at_gflops(rows: Rows, first: str, second: str, distance: str) -> Reading:
@@ -53,7 +54,7 @@ def at_gflops(rows: Rows, first: str, second: str, distance: str) -> Reading:
     sizes = [same for same in rows.values() if same[0].system == rows[second][0].system]
     curve = _curve(((fmean(record.activation["gflops"] for record in same), same) for same in sizes), distance)
     gflops = fmean(record.activation["gflops"] for record in rows[first])
-    return [_own(record, distance) for record in rows[first]], read_curve(curve, gflops)
+    return [own_log_distance(record, distance) for record in rows[first]], read_curve(curve, gflops)
 
 
 def at_training_time(rows: Rows, first: str, second: str, everything: Sequence[Record], distance: str) -> Reading:
@@ -70,7 +71,7 @@ def at_training_time(rows: Rows, first: str, second: str, everything: Sequence[R
             budgets.setdefault(record.training["images"], []).append(record)
     curve = _curve(((fmean(map(training_minutes, same)), same) for same in budgets.values()), distance)
     minutes = fmean(map(training_minutes, rows[first]))
-    return [_own(record, distance) for record in rows[first]], read_curve(curve, minutes)
+    return [own_log_distance(record, distance) for record in rows[first]], read_curve(curve, minutes)
 
 
 def read_curve(curve: Curve, cost: float) -> list[float]:
@@ -86,11 +87,12 @@ def read_curve(curve: Curve, cost: float) -> list[float]:
 
 
 def _curve(points: Iterable[tuple[float, list[Record]]], distance: str) -> Curve:
-    return sorted(((cost, {record.seed: _own(record, distance) for record in same}) for cost, same in points),
-                  key=lambda point: point[0])
+    curve = [(cost, {record.seed: own_log_distance(record, distance) for record in same}) for cost, same in points]
+    return sorted(curve, key=lambda point: point[0])
 
 
-def _own(record: Record, distance: str) -> float:
+def own_log_distance(record: Record, distance: str = "distance") -> float:
+    """Return the log distance of a record."""
     return log_distance(record.metrics[distance], record.id)
 
 

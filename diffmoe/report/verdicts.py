@@ -30,6 +30,7 @@ from diffmoe.report.comparison import (
     seeds_to_decide,
     smallest_gap,
 )
+from diffmoe.report.power import power_markdown
 from diffmoe.report.questions import questions_markdown
 from diffmoe.report.readings import as_measured
 from diffmoe.report.table import group_rows, percent, second_distances
@@ -134,7 +135,7 @@ def _decide(claim: Claim, comparison: Comparison, adjusted: float) -> tuple[str,
 def verdicts_markdown(records: Sequence[Record], everything: Sequence[Record] = ()) -> str:
     """Return the verdicts as Markdown.
 
-    At the scale `digits` their column says that they are no evidence, and no open question is put to it.
+    At the scale `digits` their column says that they are no evidence, and it answers no open question.
 
     Args:
         everything: records of all budgets; none: `records` are all.
@@ -143,7 +144,7 @@ def verdicts_markdown(records: Sequence[Record], everything: Sequence[Record] = 
     heading = "verdict" if is_evidence else NOT_EVIDENCE
     more = [_by_distance(records, name, heading) for name in second_distances(records)]
     if is_evidence:
-        more.append(questions_markdown(records, everything or records))
+        more += [questions_markdown(records, everything or records), power_markdown(records)]
     header = [heading if column == "verdict" else column for column in COLUMNS]
     cells = [header, *(_cells(verdict) for verdict in judge(records))]
     about = " ".join(line for line in __doc__.split("\n\n")[1].splitlines())

@@ -39,6 +39,7 @@ from diffmoe.data.latent_data import LATENTS
 from diffmoe.plan import plan
 from diffmoe.records import Record, read_records
 from diffmoe.report.__main__ import write_report
+from diffmoe.report.budgets import by_budget
 from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.tracking.live import Tracker, add_track_option
@@ -71,14 +72,14 @@ def main(arguments: list[str]) -> int:
                         help="list the missing cells; without published records also what rows cost on a GPU")
     parser.add_argument("--gpus", type=int, default=8, metavar="N",
                         help="with --dry-run: GPUs that memory is stated for (default: 8)")
-    parser.add_argument("--publish", action="store_true", help="copy the records to results/<scale>/records and stop")
+    parser.add_argument("--publish", action="store_true", help="copy the records of <folder>/local to <folder>/records and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     scale = CONFIGS / f"{options.scale}.yaml"
     if not scale.exists():
         raise ConfigError(f"--scale {options.scale}: there is {', '.join(scales())}")
     store = Store(options.out or RESULTS / options.scale / "local")
-    published = RESULTS / options.scale
+    published = store.folder.parent if store.folder.name == "local" else RESULTS / options.scale
     if options.publish:
         return publish(store, published)
     tables = [load_rows(path, scale, options.overrides) for path in options.rows]
@@ -114,8 +115,8 @@ def main(arguments: list[str]) -> int:
             threads = max(1, cpu_count() // jobs) if device.type == "cuda" else 1
             _run(cells, partial(run_cells, run=run, jobs=jobs, threads=threads), store, tracker)
     write_report(store.folder)
-    for images, records in by_budget(read_records(store.records)).items():
-        print(f"\nafter {images:,} training images:\n\n{brief_table(records)}")
+    for budget, records in by_budget(read_records(store.records)).items():
+        print(f"\n{budget}\n\n{brief_table(records)}" if budget else brief_table(records))
     print(f"table, verdicts and figures: {store.folder}")
     return 0
 
@@ -145,12 +146,6 @@ def _run(cells: list[Cell], run: Callable[..., Iterator[Record]], store: Store, 
                 complete = [other for other in read_records(store.records)
                             if other.training["images"] == budget and not left[budget, other.seed]]
                 tqdm.write(f"\n{brief_table(complete)}\n")
-
-
-def by_budget(records: list[Record]) -> dict[int, list[Record]]:
-    """Group records by the training images behind them, few first."""
-    budgets = sorted({record.training["images"] for record in records})
-    return {images: [record for record in records if record.training["images"] == images] for images in budgets}
 
 
 def brief_table(records: list[Record]) -> str:

@@ -266,9 +266,9 @@ TRAINING_CHANGES = {
     "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
     "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
-    "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_width": 0.1, "training.ema_buffers": "average",
-    "training.precision": "bf16", "training.tf32": True, "training.extra_ema_half_lives": [1000],
-    "training.budgets": [16],
+    "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_width": 0.1,
+    "training.ema_buffers": "average", "training.precision": "bf16", "training.tf32": True,
+    "training.extra_ema_half_lives": [1000], "training.budgets": [16],
 }
 INFERENCE_CHANGES = {
     "sampling.sampler": "heun", "sampling.num_steps": 10, "sampling.batch_size": 7, "sampling.guidance_scale": 1.5,

@@ -367,4 +367,4 @@ def test_memory_and_open_files_stay_flat_over_20_000_steps(tmp_path):
           f"{largest / 2**20:.1f}; open files {warm[2]} to {last[2]}; logs {last[3] / 2**20:.2f} MiB")
     assert last[1] - warm[1] < 8 * 2**20
     assert {row[2] for row in rows} == {warm[2]}
-    assert last[3] < 150 * 20_000 / LOG_EVERY
+    assert last[3] < 250 * 20_000 / LOG_EVERY  # bytes a line

@@ -25,7 +25,7 @@ from diffmoe.report.cost import cost_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
 from diffmoe.report.figures import Figures, data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
-from diffmoe.report.verdicts import verdicts_markdown
+from diffmoe.report.verdicts import load_claims, verdicts_markdown
 
 FIGURES = "figures"
 PAGES = ("table.md", "table.csv", "verdicts.md", "cost.md", "budgets.md")
@@ -56,8 +56,11 @@ def report_parts(records: Sequence[Record]) -> dict[str, Part]:
 
 
 def _pages(records: Sequence[Record], everything: Sequence[Record]) -> dict[str, str]:
-    return {"table.md": table_markdown(records), "table.csv": table_csv(records),
-            "verdicts.md": verdicts_markdown(records, everything), "cost.md": cost_markdown(records)}
+    pages = {"table.md": table_markdown(records), "table.csv": table_csv(records), "cost.md": cost_markdown(records)}
+    judged = {row for claim in load_claims() for row in (claim.better, claim.worse)}
+    if judged.isdisjoint(record.row for record in records):  # runs of another kind, as those of learning rates
+        return pages
+    return pages | {"verdicts.md": verdicts_markdown(records, everything)}
 
 
 def report_files(parts: dict[str, Part]) -> dict[str, str]:

@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
                         help="list the missing cells; without published records also what rows cost on a GPU")
     parser.add_argument("--gpus", type=int, default=8, metavar="N",
                         help="with --dry-run: GPUs that memory is stated for (default: 8)")
-    parser.add_argument("--publish", action="store_true", help="copy the records of <folder>/local to <folder>/records and stop")
+    parser.add_argument("--publish", action="store_true",
+                        help="copy the records of <folder>/local to <folder>/records and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     scale = CONFIGS / f"{options.scale}.yaml"

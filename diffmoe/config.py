@@ -281,7 +281,7 @@ class TrainingConfig:
                 f"make it a multiple of batch_size={self.batch_size}")
         require(all(0 < budget < self.num_images and budget % self.batch_size == 0 for budget in self.budgets),
                 "training.budgets", list(self.budgets),
-                f"use multiples of batch_size={self.batch_size} below num_images={self.num_images}")
+                f"use multiples of batch_size={self.batch_size} below num_images={self.num_images}, or [] for none")
         require(self.ema_width is None or 0.01 <= self.ema_width <= 0.28, "training.ema_width", self.ema_width,
                 "use 0.01 to 0.28 (0.29 weighs all steps alike), or null")
         require_not_negative(self, "warmup_images", "weight_decay")

@@ -87,7 +87,10 @@ def test_labels_are_dropped_at_the_configured_rate():
 
 def test_clipping_leaves_predictors_alone():
     clipped, free = make_trainer("diffmoe", "training.clip_norm=1e-12"), make_trainer("diffmoe")
-    clipped.train_step(), free.train_step()
+    found = clipped.train_step()["gradient_norm"], free.train_step().get("gradient_norm")
+    backbone = [value.grad for name, value in free.model.named_parameters() if ".predictor." not in name]
+    torch.testing.assert_close(found[0], torch.nn.utils.get_total_norm(backbone))  # as it was before the clipping
+    assert found[1] is None
     gradients = {name: parameter.grad for name, parameter in clipped.model.named_parameters()}
     for name, parameter in free.model.named_parameters():
         if ".predictor." in name:
@@ -125,9 +128,10 @@ def test_an_overflow_repeats_the_batch_and_changes_nothing(noisy_model, monkeypa
     config = digits_config("diffmoe", "sampling.num_steps=3")
     exact = sample_images(noisy_model, config, range(4))
     bounds = []
-    sample_batch = sampling._sample_batch
+    prepare_call = sampling.prepare_call
     monkeypatch.setattr(sampling, "FIRST_ROW_BOUND", 0.25)
-    monkeypatch.setattr(sampling, "_sample_batch", lambda *args: bounds.append(args[-1]) or sample_batch(*args))
+    monkeypatch.setattr(sampling, "prepare_call", lambda model, config, bound, *, compiled: bounds.append(bound)
+                        or prepare_call(model, config, bound, compiled=compiled))
     repeated = sample_images(noisy_model, config, range(4))
     assert bounds[:2] == [0.25, 0.5]
     assert torch.equal(exact.images, repeated.images)

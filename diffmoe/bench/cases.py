@@ -94,8 +94,9 @@ def run_config(case: Case, settings: Settings) -> RunConfig:
     size, num_experts = split_size(case.size)
     require(case.workload in WORKLOADS, "workload", case.workload, f"use one of {', '.join(WORKLOADS)}")
     overrides = [f"model.size={size}", "data.name=random", f"training.batch_size={case.batch}",
-                 f"training.num_images={1000 * case.batch}", f"training.precision={settings.precision}",
-                 f"sampling.batch_size={case.batch}", f"sampling.num_steps={settings.sampling_steps}",
+                 f"training.num_images={1000 * case.batch}", "training.budgets=[]",
+                 f"training.precision={settings.precision}", f"sampling.batch_size={case.batch}",
+                 f"sampling.num_steps={settings.sampling_steps}",
                  f"runtime.compile={str(settings.compile).lower()}"]
     if case.system != "dense":
         overrides.append(f"model.moe.num_experts={num_experts}")

@@ -27,7 +27,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_featuresdict_to_statistics_cached, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_featuresdict_to_metric
 from torch_fidelity.metric_kid import kid_featuresdict_to_metric
-from torch_fidelity.metric_prc import prc_featuresdict_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import (
     create_feature_extractor,
     extract_featuresdict_from_input_id_cached,
@@ -107,7 +107,8 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
                       for features, name in ((drawn, None), (real, options["input2_cache_name"])))
         results = (fid_statistics_to_metric(*statistics, verbose=False)
                    | kid_featuresdict_to_metric(drawn, real, layers["kid"], **options)
-                   | prc_featuresdict_to_metric(drawn, real, layers["prc"], **options))
+                   | prc_features_to_metric(*(features[layers["prc"]].to(device) for features in (drawn, real)),
+                                            **options))  # 10^10 neighbours: seconds on a GPU
         if "isc" in layers:
             results |= isc_featuresdict_to_metric(drawn, layers["isc"], **options)
     found = {name: results[key] for name, key in RESULTS.items() if key in results}

@@ -70,6 +70,11 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in full, the same on every process; every one must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Collect a state in full on the main process, tensor by tensor into host memory; every process must call it.
 
@@ -80,7 +85,7 @@ def gathered(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
         return dict(state)
     full: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        value = whole(tensor)
         if world.is_main:
             full[name] = value.detach().cpu()
     return full

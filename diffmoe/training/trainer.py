@@ -21,9 +21,10 @@ from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
-from diffmoe.training.parallel import distribute, gathered, local, shared_out
+from diffmoe.training.parallel import distribute, gathered, local, shared_out, whole
 from diffmoe.training.precision import autocast, tf32
 
+GRADIENT_NORM = "gradient_norm"
 FIRST_ROW_BOUND = 1.25
 """Rows that a GPU lays out, of its even share, where other processes' tokens decide how many pairs are its own."""
 
@@ -126,6 +127,8 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """Make one optimiser step; return its losses, this process's mean, detached and still on the device.
 
+        Where it is clipped, `GRADIENT_NORM` stands beside them, as it was before.
+
         A loss or gradient that is not finite changes nothing: no weight, average, threshold or optimiser state.
         """
         training = self.config.training
@@ -135,7 +138,7 @@ class Trainer:
                                                                           batch.times)
         self.objective = objective.clone()  # what a graph returned is overwritten by the next step
         if training.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm)
+            losses = losses | {GRADIENT_NORM: whole(torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm))}
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate * self._warmup_factor()
         self._update(observed)

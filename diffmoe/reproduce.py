@@ -44,6 +44,7 @@ from diffmoe.report.table import results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.checkpoint import load_weights, save_weights
+from diffmoe.training.ema import average_file
 from diffmoe.workers import cpu_count, run_cells, visible_gpus
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -183,13 +184,19 @@ def publish(store: Store, folder: Path) -> int:
 
 
 def publish_weights(records: list[Record], store: Store, folder: Path) -> None:
-    """Copy the small averaged networks of seed 0 in half precision, each under its shortest row's name."""
+    """Copy the small averaged networks of seed 0 in half precision, each under its shortest row's name.
+
+    Those of whole runs that lie here; records may have come from another machine without their weights.
+    """
     shortest: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: len(record.row), reverse=True):
-        if record.seed == 0:
+        if record.seed == 0 and record.config["evaluation"].get("budget_images") is None:
             shortest[record.training_digest] = record
     for record in shortest.values():
-        weights, description = load_weights(store.folder / "runs" / run_name(record) / "ema.safetensors")
+        path = store.folder / "runs" / run_name(record) / average_file()
+        if not path.exists():
+            continue
+        weights, description = load_weights(path)
         half = {name: value.half() for name, value in weights.items()}
         if sum(2 * value.numel() for value in half.values()) <= MAX_PUBLISHED_BYTES:
             folder.mkdir(exist_ok=True)

@@ -125,6 +125,17 @@ def test_a_record_is_read_back_whole_and_never_changed(measured):
     assert before == {path: path.read_bytes() for path in store.records.iterdir()}
 
 
+def test_weights_are_published_of_whole_runs_that_lie_here(measured, tmp_path):
+    store, records = measured
+    dense = records["dense"]
+    config = dense.config | {"evaluation": dense.config["evaluation"] | {"budget_images": 32}}
+    reproduce.publish_weights([dense], Store(tmp_path), tmp_path / "checkpoints")  # its run is elsewhere
+    reproduce.publish_weights([replace(dense, config=config)], store, tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+    reproduce.publish_weights([dense], store, tmp_path / "checkpoints")
+    assert (tmp_path / "checkpoints" / "dense.safetensors").exists()
+
+
 def test_a_damaged_record_is_one_line_that_names_it(tmp_path):
     (tmp_path / "bad.json").write_text('{"schema": 1, "id": "x"}')
     with pytest.raises(ConfigError, match=r"bad\.json: not a record"):

@@ -132,6 +132,11 @@ def test_all_systems_have_the_same_names(store: Path, tmp_path: Path) -> None:
     assert len({frozenset(run.data.params) for run in runs}) == len({frozenset(run.data.metrics) for run in runs}) == 1
 
 
+def test_the_gradients_norm_of_a_clipped_run_is_no_loss():
+    found = live.line_metrics({"step": 25, "images": 400, "mse": 0.5, "gradient_norm": 0.2})
+    assert found == {"images": 400, "gradient_norm": 0.2, "loss.mse": 0.5, "loss.balance": 0, "loss.predictor": 0}
+
+
 def test_a_resumed_run_goes_on_behind_the_last_line_sent(store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with (pytest.raises(Interrupted), Tracker(str(store), "digits", [CONFIG]) as tracker, follow(tracker, folder)):

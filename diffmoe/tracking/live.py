@@ -39,6 +39,7 @@ from diffmoe.tracking.store import (
 )
 from diffmoe.training.checkpoint import load_weights
 from diffmoe.training.run import LOG_FIELDS, LOG_FILE, Interrupted
+from diffmoe.training.trainer import GRADIENT_NORM
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -268,7 +269,8 @@ def line_metrics(line: dict[str, float]) -> dict[str, float]:
     """Return the metrics of a line of losses.jsonl, by the same names for every system."""
     losses = dict.fromkeys(LOSSES, 0.0) | {name: value for name, value in line.items() if name not in LOG_FIELDS}
     known = {name: line[name] for name in LOG_FIELDS if name in line and name != "step"}
-    return known | {f"loss.{name}": value for name, value in losses.items()}
+    norm = {GRADIENT_NORM: losses.pop(GRADIENT_NORM)} if GRADIENT_NORM in losses else {}
+    return known | norm | {f"loss.{name}": value for name, value in losses.items()}
 
 
 def _batches(lines: Sequence[dict[str, float]], sent_images: float) -> Iterator[list[dict[str, float]]]:

@@ -6,6 +6,7 @@ from conftest import ROUTERS, rand, random_model, randomise
 from test_training import SYSTEMS, digits_config
 
 from diffmoe.data import load_data
+from diffmoe.training.graph import compile_blocks
 from diffmoe.training.trainer import Trainer
 
 
@@ -55,3 +56,9 @@ def test_compiled_gradients_are_those_of_plain_calls():
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_compiled_gradients_on_a_gpu_are_those_of_plain_calls(system):
     assert_compiled_as_plain(system, "cuda", "model.depth=4", "training.precision=bf16")
+
+
+def test_compiling_blocks_never_lowers_what_a_program_allowed_to_compile(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 10_000)  # as the bench does for its many cases
+    compile_blocks(torch.nn.ModuleList())
+    assert torch._dynamo.config.recompile_limit == 10_000

@@ -23,7 +23,7 @@ Outputs = TypeVar("Outputs")
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
     """Compile block by block: blocks of a kind share their code, so that few are compiled."""
-    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -6,6 +6,7 @@ others), samples, measures, and writes one record. What is recorded is done; wha
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
@@ -60,7 +61,7 @@ class Cell:
         """Name the cell to a reader."""
         return f"{self.row.label}, seed {self.seed}"
 
-    @property
+    @functools.cached_property
     def training(self) -> tuple[str, int]:
         """Name the training run that the cell shares with others."""
         return digest(self.row.config, scope="training"), self.seed
@@ -259,7 +260,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
-        training_digest=digest(config, scope="training"),
+        training_digest=cell.training[0],
         data={"name": data.name, "digest": data.digest, "num_images": len(data)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
                   "seconds": run.description["seconds"], "images_per_second": run.images_per_second(),

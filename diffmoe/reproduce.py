@@ -126,11 +126,11 @@ def main(arguments: list[str]) -> int:
 def _run(cells: list[Cell], run: Callable[..., Iterator[Record]], store: Store, tracker: Tracker) -> None:
     """Run the cells, show how far each is, and print the table whenever a seed is complete."""
     left = Counter((cell.row.config.images_seen, cell.seed) for cell in cells)
-    bars: dict[Cell, TrainingBar] = {}
+    bars: dict[tuple[str, int], TrainingBar] = {}
 
     def watch(cell: Cell, step: int, losses: dict[str, float]) -> None:
         steps = cell.row.config.images_seen // cell.row.config.training.batch_size
-        bar = bars.setdefault(cell, TrainingBar(cell.name, steps, leave=False))
+        bar = bars.setdefault((cell.name, steps), TrainingBar(cell.name, steps, leave=False))
         bar.update(step, losses)
         if step == steps:
             bar.close()

@@ -1,7 +1,7 @@
-"""Run cells in several processes of one machine, each with one thread, and follow them from here.
+"""Run cells in several processes of one machine, and follow them from here.
 
-One thread a process makes better use of a few cores than several threads of a small network do, and a result then
-does not depend on the number of cores.
+On a CPU one thread a process makes better use of a few cores than several threads of a small network do, and a result
+then does not depend on the number of cores.
 """
 
 from __future__ import annotations

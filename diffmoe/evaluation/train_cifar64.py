@@ -1,4 +1,4 @@
-"""Make `cifar64.safetensors`: python -m diffmoe.evaluation.train_cifar64 --data FOLDER (about a minute on a GPU).
+"""Make `cifar64.safetensors`: python -m diffmoe.evaluation.train_cifar64 --data FOLDER (minutes on a GPU).
 
 Trains the CIFAR-10 classifier on 90 % of the 50,000 training images, shifted and mirrored at random, and measures it on
 the other 10 %, which it never sees, with the weights as the file holds them, in half precision. The file's metadata

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from diffmoe.report.table import percent
+
 ALPHA, POWER, MOST_SEEDS = 0.05, 0.8, 1000
 
 
@@ -52,6 +54,49 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(np.maximum.accumulate(products[order]), 1.0)
     return adjusted.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """One comparison of a list, with what the list's other comparisons leave of it."""
+
+    comparison: Comparison
+    p_adjusted: float
+    """By Holm over the list."""
+    smallest_gap: float | None
+    """Log ratio that a test of these seeds finds with power 0.8, at the level that Holm left to it."""
+    seeds_to_decide: int | None
+    """Seeds a row with which a given effect would be found with power 0.8; None: unknown or above 1000."""
+
+    def cells(self, *, paired: bool) -> list[str]:
+        """Return for a table: effect, interval, test, seeds, p, adjusted p; `-` for what no test gave."""
+        found = self.comparison
+        if found.interval is None:
+            return [percent(found.effect), "-", "-", str(found.num_seeds), "-", "-"]
+        return [percent(found.effect), " to ".join(map(percent, found.interval)), "paired t" if paired else "Welch",
+                str(found.num_seeds), f"{found.p:.2g}", f"{self.p_adjusted:.2g}"]
+
+    def seeds_cell(self) -> str:
+        """Return for a table how many seeds a row would decide."""
+        return "2 or more" if self.comparison.interval is None else str(self.seeds_to_decide or f"over {MOST_SEEDS}")
+
+
+def correct(comparisons: Sequence[Comparison], effects: Sequence[float]) -> list[Tested]:
+    """Correct a list of comparisons by Holm, and say for each what its seeds show and how many its effect takes.
+
+    Args:
+        effects: the log ratio that each comparison's seeds are to find.
+    """
+    p_values = [comparison.p for comparison in comparisons]
+    tested = []
+    for found, effect, adjusted, factor in zip(comparisons, effects, holm(p_values), holm_factors(p_values),
+                                               strict=True):
+        gap = seeds = None
+        if found.variances:
+            gap = smallest_gap(found.variances, found.num_seeds, ALPHA / factor)
+            seeds = seeds_to_decide(effect, found.variances, ALPHA / factor)
+        tested.append(Tested(comparison=found, p_adjusted=adjusted, smallest_gap=gap, seeds_to_decide=seeds))
+    return tested
 
 
 def detection_power(effect: float, variances: Sequence[float], num_seeds: int, level: float) -> float:

@@ -15,19 +15,9 @@ from pathlib import Path
 import yaml
 
 from diffmoe.records import Record
-from diffmoe.report.comparison import (
-    ALPHA,
-    MOST_SEEDS,
-    POWER,
-    Comparison,
-    compare,
-    holm,
-    holm_factors,
-    seeds_to_decide,
-    smallest_gap,
-)
+from diffmoe.report.comparison import ALPHA, POWER, Comparison, Tested, compare, correct
 from diffmoe.report.readings import NEAR, Reading, Rows, as_measured, at_gflops, at_training_time
-from diffmoe.report.table import group_rows, percent, second_distances
+from diffmoe.report.table import group_rows, second_distances
 from diffmoe.report.table1 import format_table
 
 QUESTIONS = Path(__file__).with_name("questions.yaml")
@@ -66,19 +56,13 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A question, answered."""
+class Answer(Tested):
+    """A question, answered; its seeds would decide a gap of 5 %."""
 
     question: Question
-    comparison: Comparison
-    p_adjusted: float
     better: str | None
     """The row with the smaller distance; None: undecided."""
     reason: str
-    smallest_gap: float | None
-    """Log ratio that a test of these seeds finds with power 0.8, at the level Holm left to the question."""
-    seeds_to_decide: int | None
-    """Seeds a row with which a gap of 5 % would be found with power 0.8; None: unknown or above 1000."""
 
     @property
     def text(self) -> str:
@@ -107,19 +91,13 @@ def answer(records: Sequence[Record], everything: Sequence[Record], questions: S
     questions = load_questions() if questions is None else questions
     rows = group_rows(records)
     found = [_compare(question, rows, everything, distance) for question in questions]
-    p_values = [comparison.p for comparison, _ in found]
+    tested = correct([comparison for comparison, _ in found], [math.log1p(GAP)] * len(found))
     answers = []
-    for question, (comparison, reason), adjusted, factor in zip(questions, found, holm(p_values),
-                                                                holm_factors(p_values), strict=True):
-        gap = seeds = None
-        if comparison.variances:
-            gap = smallest_gap(comparison.variances, comparison.num_seeds, ALPHA / factor)
-            seeds = seeds_to_decide(math.log1p(GAP), comparison.variances, ALPHA / factor)
+    for question, (_, reason), result in zip(questions, found, tested, strict=True):
         better = None
-        if comparison.interval is not None and adjusted < ALPHA:
-            better = question.first if comparison.effect < 0 else question.second
-        answers.append(Answer(question=question, comparison=comparison, p_adjusted=adjusted, better=better,
-                              reason=reason, smallest_gap=gap, seeds_to_decide=seeds))
+        if result.comparison.interval is not None and result.p_adjusted < ALPHA:
+            better = question.first if result.comparison.effect < 0 else question.second
+        answers.append(Answer(**vars(result), question=question, better=better, reason=reason))
     return answers
 
 
@@ -176,13 +154,8 @@ logarithms; less than {NEAR - 1:.0%} beyond the last of them the last is taken, 
 
 
 def _cells(found: Answer, others: Sequence[str]) -> list[str]:
-    comparison = found.comparison
-    tested, undecided = comparison.interval is not None, found.better is None
-    gap = f"{math.expm1(found.smallest_gap):.1%}".replace("%", " %") if tested and undecided else "-"
-    seeds = (str(found.seeds_to_decide or f"over {MOST_SEEDS}") if tested else "2 or more") if undecided else "-"
-    return [found.question.text, percent(comparison.effect),
-            " to ".join(map(percent, comparison.interval)) if tested else "-",
-            ("paired t" if found.question.shares_checkpoint else "Welch") if tested else "-",
-            str(comparison.num_seeds), f"{comparison.p:.2g}" if tested else "-",
-            f"{found.p_adjusted:.2g}" if tested else "-", found.text, *others,
-            found.reason or ("too few seeds" if undecided else "-"), gap, seeds]
+    undecided, gap = found.better is None, found.smallest_gap
+    return [found.question.text, *found.cells(paired=found.question.shares_checkpoint), found.text, *others,
+            found.reason or ("too few seeds" if undecided else "-"),
+            f"{math.expm1(gap):.1%}".replace("%", " %") if undecided and gap is not None else "-",
+            found.seeds_cell() if undecided else "-"]

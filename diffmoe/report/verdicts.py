@@ -19,17 +19,7 @@ from pathlib import Path
 import yaml
 
 from diffmoe.records import Record
-from diffmoe.report.comparison import (
-    ALPHA,
-    MOST_SEEDS,
-    POWER,
-    Comparison,
-    compare,
-    holm,
-    holm_factors,
-    seeds_to_decide,
-    smallest_gap,
-)
+from diffmoe.report.comparison import ALPHA, POWER, Comparison, Tested, compare, correct
 from diffmoe.report.power import power_markdown
 from diffmoe.report.questions import questions_markdown
 from diffmoe.report.readings import as_measured
@@ -70,18 +60,12 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """A claim, judged."""
+class Verdict(Tested):
+    """A claim, judged; its seeds would decide the paper's effect."""
 
     claim: Claim
-    comparison: Comparison
-    p_adjusted: float
     verdict: str
     reason: str
-    smallest_gap: float | None
-    """Relative difference that a test of these seeds finds with power 0.8, at the level Holm left to the claim."""
-    seeds_to_decide: int | None
-    """Seeds a row with which the paper's effect would be found with power 0.8; None: unknown or above 1000."""
 
 
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -104,17 +88,10 @@ def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None,
     found = [compare(*as_measured(rows, claim.better, claim.worse, shares_checkpoint=claim.shares_checkpoint,
                                   equal_capacity=claim.equal_capacity, distance=distance),
                      paired=claim.shares_checkpoint) for claim in claims]
-    p_values = [comparison.p for comparison in found]
     verdicts = []
-    for claim, comparison, adjusted, factor in zip(claims, found, holm(p_values), holm_factors(p_values), strict=True):
-        verdict, reason = _decide(claim, comparison, adjusted)
-        gap = seeds = None
-        if comparison.variances:
-            level = ALPHA / factor
-            gap = smallest_gap(comparison.variances, comparison.num_seeds, level)
-            seeds = seeds_to_decide(claim.effect, comparison.variances, level)
-        verdicts.append(Verdict(claim=claim, comparison=comparison, p_adjusted=adjusted, verdict=verdict, reason=reason,
-                                smallest_gap=gap, seeds_to_decide=seeds))
+    for claim, result in zip(claims, correct(found, [claim.effect for claim in claims]), strict=True):
+        verdict, reason = _decide(claim, result.comparison, result.p_adjusted)
+        verdicts.append(Verdict(**vars(result), claim=claim, verdict=verdict, reason=reason))
     return verdicts
 
 
@@ -174,13 +151,8 @@ C has no test here where its sweep has the first distance only.
 
 
 def _cells(verdict: Verdict) -> list[str]:
-    claim, comparison = verdict.claim, verdict.comparison
-    tested = comparison.interval is not None
-    interval = " to ".join(percent(bound) for bound in comparison.interval) if tested else "-"
+    claim, gap = verdict.claim, verdict.smallest_gap
+    effect, interval, *test = verdict.cells(paired=claim.shares_checkpoint)
     undecided = verdict.verdict == "undecided"
-    gap = percent(-verdict.smallest_gap) if tested and undecided else "-"
-    seeds = (str(verdict.seeds_to_decide or f"over {MOST_SEEDS}") if tested else "2 or more") if undecided else "-"
-    return [claim.text, percent(comparison.effect), interval, percent(claim.effect),
-            ("paired t" if claim.shares_checkpoint else "Welch") if tested else "-", str(comparison.num_seeds),
-            f"{comparison.p:.2g}" if tested else "-", f"{verdict.p_adjusted:.2g}" if tested else "-",
-            verdict.verdict, verdict.reason or "-", gap, seeds]
+    return [claim.text, effect, interval, percent(claim.effect), *test, verdict.verdict, verdict.reason or "-",
+            percent(-gap) if undecided and gap is not None else "-", verdict.seeds_cell() if undecided else "-"]

@@ -6,11 +6,13 @@ others), samples, measures, and writes one record. What is recorded is done; wha
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from diffmoe.evaluation.sampling import Samples, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
-from diffmoe.training.run import Progress, train_run
+from diffmoe.training.run import Progress, Turn, train_run
 
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
 """Global thresholds of the paper's interval search that span a capacity from 0.7 to 2.3 there."""
@@ -228,13 +230,29 @@ def group_by_training(cells: Sequence[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
+@contextmanager
+def gpu_turn(folder: Path, device: torch.device) -> Iterator[None]:
+    """Wait until no other process of `folder` holds the GPU, and hold it; a CPU is nobody's alone.
+
+    Trainings that share a GPU take as long as one after another, and their times say nothing. What dies lets go.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with (folder / f"gpu-{torch.cuda.get_device_properties(device).uuid}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: torch.device, *,
-             deadline: float = math.inf, progress: Progress = lambda step, losses: None) -> Record:
+             deadline: float = math.inf, turn: Turn = nullcontext,
+             progress: Progress = lambda step, losses: None) -> Record:
     """Train, sample and measure one cell; write and return its record.
 
     Args:
         scale: name of the scale, for the record.
         deadline: value of `time.monotonic()` at which training saves itself and stops.
+        turn: held while training or sampling, as `gpu_turn` does; the rest may overlap with other cells' work.
         progress: told of training as it goes.
 
     Raises:
@@ -244,11 +262,12 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     folder = store.run_folder(cell, data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = train_run(config, cell.seed, data, folder, device, deadline=deadline, progress=progress)
+    run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=turn, progress=progress)
     model = calibrate_thresholds(run.load_average(config, device), config, cell.seed, data)
-    started = time.perf_counter()
-    samples = sample_images(model, config, range(config.evaluation.num_samples))
-    sampling_s = time.perf_counter() - started
+    with turn():
+        started = time.perf_counter()
+        samples = sample_images(model, config, range(config.evaluation.num_samples))
+        sampling_s = time.perf_counter() - started
     grids = store.folder / "samples"
     grids.mkdir(exist_ok=True)
     budget = f"-at-{config.images_seen}" if config.training.budgets else ""
@@ -256,7 +275,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     started = time.perf_counter()
     metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
-    sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
+    sweep = _sweep(cell, model, data, store, device, turn) if cell.row.threshold_sweep else []
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
@@ -324,6 +343,20 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
     return found
 
 
+def measure_distance(samples: Samples, config: RunConfig, data: TrainingData | None, cache: Path,
+                     device: torch.device) -> float:
+    """Return the `distance` of `measure_samples`, without the rest where that saves time.
+
+    Raises:
+        ConfigError: as `measure` does.
+    """
+    evaluation = config.evaluation
+    if evaluation.reference is not None:
+        return measure_samples(samples, config, data, cache, device)["distance"]
+    return frechet_distance(samples.images, data, extractor=evaluation.extractor, device=device, cache_root=cache,
+                            weights_path=_weights(evaluation))
+
+
 def sampling_floors(evaluation: EvaluationConfig, data: TrainingData | None, cache: Path,
                     device: torch.device) -> dict[str, float]:
     """Return by a distance's name what as many training images keep from all of them, as `sampling_floor` says.
@@ -348,14 +381,16 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
     return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
-def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:
+def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device,
+           turn: Turn) -> list[dict[str, float]]:
     points = []
     for threshold in SWEEP_THRESHOLDS:
-        started = time.perf_counter()
         config = _with_threshold(cell.row.config, threshold)
-        samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
+        with turn():
+            started = time.perf_counter()
+            samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
         found = activation(config, samples)
-        distance = measure_samples(samples, config, data, store.cache, device)["distance"]
+        distance = measure_distance(samples, config, data, store.cache, device)
         points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
                        "activated_params": found["activated_params"], "seconds": time.perf_counter() - started})
     return points

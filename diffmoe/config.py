@@ -251,6 +251,8 @@ class TrainingConfig:
     """AdamW's constant learning rate."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient a step; 0.95 follows a change sooner."""
     warmup_images: int = 0
     """Images over which the learning rate rises linearly from 0."""
     clip_norm: float | None = None
@@ -285,6 +287,7 @@ class TrainingConfig:
         require(self.ema_width is None or 0.01 <= self.ema_width <= 0.28, "training.ema_width", self.ema_width,
                 "use 0.01 to 0.28 (0.29 weighs all steps alike), or null")
         require_not_negative(self, "warmup_images", "weight_decay")
+        require(0 <= self.adam_beta2 < 1, "training.adam_beta2", self.adam_beta2, "use 0 or more, below 1")
         require(self.clip_norm is None or self.clip_norm > 0, "training.clip_norm", self.clip_norm,
                 "use a positive number, or null to switch clipping off")
 

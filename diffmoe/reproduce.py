@@ -26,6 +26,7 @@ from diffmoe.cells import (
     Store,
     at_budgets,
     check_cells,
+    gpu_turn,
     group_by_training,
     load_rows,
     missing_cells,
@@ -66,7 +67,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
                         help="save and stop after this long; the same command goes on")
     parser.add_argument("--jobs", type=int, metavar="N",
-                        help="processes at work at a time, each with one thread (default: one a GPU, else a core)")
+                        help="processes at work at a time (default: one a GPU, else one a core); on one GPU they take "
+                             "turns, and one measures while another trains")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true",
@@ -108,6 +110,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if cells:
         run = partial(run_cell, scale=options.scale, data=data, store=store, device=device,
+                      turn=partial(gpu_turn, store.folder, device),
                       deadline=time.monotonic() + 60 * options.time_budget)
         with Tracker(options.track, options.scale, [row.config for row in rows]) as tracker, ExitStack() as stack:
             for cell, *_ in groups:

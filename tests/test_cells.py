@@ -2,8 +2,10 @@
 
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from diffmoe.cells import (
     Store,
     at_budgets,
     check_evaluation,
+    gpu_turn,
     load_rows,
+    measure_distance,
     measure_samples,
     missing_cells,
     run_cell,
@@ -157,6 +161,22 @@ def test_a_record_states_what_was_measured_and_no_path_of_this_machine(measured)
     assert str(store.folder) not in text
 
 
+def test_one_process_of_a_folder_at_a_time_has_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
+    entered = threading.Event()
+
+    def wait():
+        with gpu_turn(tmp_path, torch.device("cuda")):
+            entered.set()
+
+    with gpu_turn(tmp_path, torch.device("cuda")), gpu_turn(tmp_path, CPU):
+        other = threading.Thread(target=wait)
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(10)
+    assert entered.is_set()
+
+
 def drawn(images):
     """Return samples of which nothing is known but the images (N, C, H, W)."""
     return Samples(images, torch.zeros(len(images), dtype=torch.int64), None, None, None, None)
@@ -171,6 +191,7 @@ def test_what_is_measured_on_demand_stands_beside_the_rest(rows, data, tmp_path)
     assert found.keys() - alone.keys() == {"FD-test-pixels"}
     second = measure(samples.images, data, extractor="test-pixels", device=CPU, cache_root=tmp_path, kid_subset_size=20)
     assert found == alone | {"FD-test-pixels": pytest.approx(second["distance"])}
+    assert measure_distance(samples, config, data, tmp_path, CPU) == pytest.approx(alone["distance"])
     copies = replace(config, evaluation=replace(config.evaluation, memorisation=True))
     assert measure_samples(drawn(data.images[:40]), copies, data, tmp_path, CPU)["copied"] == 1
     floors = sampling_floors(both.evaluation, data, tmp_path, CPU)

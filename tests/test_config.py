@@ -73,6 +73,7 @@ MISTAKES = {
     "average of no half-life": ({"training.extra_ema_half_lives": [0]}, ("training.extra_ema_half_lives", "0")),
     "number for a list": ({"training.extra_ema_half_lives": 5}, ("training.extra_ema_half_lives", "5", "list")),
     "text in a list": ({"training.extra_ema_half_lives": ["a"]}, ("training.extra_ema_half_lives", "'a'")),
+    "moment that never forgets": ({"training.adam_beta2": 1.0}, ("training.adam_beta2", "1.0")),
     "clip at zero": ({"training.clip_norm": 0}, ("training.clip_norm", "0", "null")),
     "negative warm-up": ({"training.warmup_images": -1}, ("training.warmup_images", "-1")),
     "half a batch": ({"training.num_images": 41}, ("training.num_images", "41", "batch_size=4")),
@@ -267,7 +268,7 @@ TRAINING_CHANGES = {
     "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
     "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_width": 0.1,
-    "training.ema_buffers": "average", "training.precision": "bf16", "training.tf32": True,
+    "training.ema_buffers": "average", "training.precision": "bf16", "training.tf32": True, "training.adam_beta2": 0.95,
     "training.extra_ema_half_lives": [1000], "training.budgets": [16],
 }
 INFERENCE_CHANGES = {

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from diffmoe.sample import load_trained
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import average_file
-from diffmoe.training.run import Interrupted, train_run
+from diffmoe.training.run import LOG_EVERY, Interrupted, train_run
 from diffmoe.training.trainer import Trainer
 
 SMALL = ["training.num_images=960"]  # 60 steps of 16
@@ -54,6 +55,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     assert newest(tmp_path / "parts")["step"] == 1
     assert_same(outcome(train(tmp_path / "parts")), outcome(whole))
     assert not list((tmp_path / "parts").glob("checkpoint-*"))
+
+
+def test_the_turn_is_waited_for_once_after_the_first_look_and_is_no_time_of_training(tmp_path):
+    steps, taken = [], []
+
+    @contextmanager
+    def turn():
+        time.sleep(3)
+        taken.append(len(steps))
+        yield
+        taken.append(len(steps))
+
+    run = train(tmp_path, turn=turn, progress=lambda step, losses: steps.append(step))
+    assert taken == [LOG_EVERY - 1, 60]  # whoever follows the run is told of a step at its end
+    assert run.description["seconds"] < 3
+    before, after = (json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()[:2])
+    assert after["seconds"] - before["seconds"] < 3
+    assert after["images_per_second"] > 25 * 16 / 3
 
 
 def test_several_averages_of_a_run_are_those_of_runs_with_one_and_are_chosen_afterwards(tmp_path):

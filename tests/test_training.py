@@ -85,6 +85,11 @@ def test_labels_are_dropped_at_the_configured_rate():
     assert dropped == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 1600) ** 0.5)
 
 
+def test_beta2_reaches_the_optimiser():
+    betas = [make_trainer("dense", *change).optimizer.defaults["betas"] for change in ([], ["training.adam_beta2=0.5"])]
+    assert betas == [(0.9, 0.999), (0.9, 0.5)]
+
+
 def test_clipping_leaves_predictors_alone():
     clipped, free = make_trainer("diffmoe", "training.clip_norm=1e-12"), make_trainer("diffmoe")
     found = clipped.train_step()["gradient_norm"], free.train_step().get("gradient_norm")

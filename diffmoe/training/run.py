@@ -46,6 +46,8 @@ MEET_S = 2.0
 log = logging.getLogger(__name__)
 Progress = Callable[[int, dict[str, float]], None]
 """Told the steps done and the latest losses, after each step."""
+Turn = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Gives what waits for a device that others use, and holds it."""
 
 
 class Interrupted(Exception):
@@ -86,7 +88,7 @@ class TrainedRun:
 
 
 def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, device: torch.device, *,
-              world: World = ALONE, deadline: float = math.inf,
+              world: World = ALONE, deadline: float = math.inf, turn: Turn = contextlib.nullcontext,
               progress: Progress = lambda step, losses: None) -> TrainedRun:
     """Train, going on from the folder's newest checkpoint; a run that got there before is only returned.
 
@@ -94,6 +96,7 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
 
     Args:
         deadline: value of `time.monotonic()` at which to save and stop.
+        turn: entered after the first `LOG_EVERY` steps, which compile, until the end; waiting for it is no training.
 
     Raises:
         ConfigError: when the folder is in use, cannot be written or belongs to another run, when too many losses or
@@ -114,7 +117,7 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
             run = _Run(config, seed, data, folder, device, world, identity)
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({reason(error)}); choose another with --out") from None
-        return run.train(deadline, progress)
+        return run.train(deadline, turn, progress)
 
 
 class _Run:
@@ -140,7 +143,7 @@ class _Run:
         self.losses, self.events = (JsonLines(folder / name if world.is_main else None, self.trainer.step)
                                     for name in (LOG_FILE, "events.jsonl"))
 
-    def train(self, deadline: float, progress: Progress) -> TrainedRun:
+    def train(self, deadline: float, turn: Turn, progress: Progress) -> TrainedRun:
         """Train to the end or budget, see `train_run`."""
         trainer, num_steps = self.trainer, self.num_steps
         batch_size, budgets = self.config.training.batch_size, self.config.training.budgets
@@ -152,13 +155,17 @@ class _Run:
         with self.losses, self.events, Signals() as signals:
             if trainer.step == 0:
                 self._save()  # now is when to learn that the disk is full
-            with Heartbeat(self.world, HANG_S) as heart:
+            with Heartbeat(self.world, HANG_S) as heart, contextlib.ExitStack() as held:
+                first_look = True
                 while trainer.step < num_steps and not stop:
                     losses = trainer.train_step()
                     heart.beat()
                     self.objectives.append(trainer.objective)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
+                        if first_look:
+                            self._take(turn, held)
+                            first_look = False
                         (unsaved_s,) = self.world.largest([time.monotonic() - last_save], self.device)
                         if good and unsaved_s > SAVE_EVERY_S:
                             self._save()
@@ -179,6 +186,14 @@ class _Run:
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)
+
+    def _take(self, turn: Turn, held: contextlib.ExitStack) -> None:
+        """Wait for the turn, and take the time for none of the training's."""
+        before = time.monotonic()
+        held.enter_context(turn())
+        waited = time.monotonic() - before
+        self.started += waited
+        self.last_line = self.last_line[0], self.last_line[1] + waited
 
     def _go_on(self) -> dict[str, Any]:
         """Load the newest whole checkpoint, the main process's choice; return its description, empty without one."""

@@ -81,7 +81,7 @@ class Trainer:
         self.network = distribute(self.model, averages, config, world, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
-            fused=device.type == "cuda")
+            betas=(0.9, config.training.adam_beta2), fused=device.type == "cuda")
         graphed = compiled and device.type == "cuda" and world.size == 1
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}

@@ -74,6 +74,22 @@ def test_every_system_trains_in_bf16_and_samples_as_on_the_cpu(system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_the_same_steps_again_give_the_same_bits_in_bf16(system):
+    routed = [] if system == "dense" else ["model.moe.capacity=4"]  # a sum of four pairs has an order
+    config = digits_config(system, "training.precision=bf16", *routed)
+    data = load_data(config.data, config.model)
+
+    def weights():
+        trainer = Trainer(config, 0, data, CUDA)
+        for _ in range(20):
+            trainer.train_step()
+        return trainer.model.state_dict()
+
+    first, second = weights(), weights()
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_sampling_by_cuda_graphs_gives_the_images_and_capacity_of_plain_calls(system):
     plain, compiled = (digits_config(system, "sampling.num_steps=4", "sampling.batch_size=8", "training.precision=bf16",
                                      f"runtime.compile={flag}") for flag in ("false", "true"))

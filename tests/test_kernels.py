@@ -13,6 +13,7 @@ from diffmoe.models import attention, layers
 from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.models.layers import Stream
 from diffmoe.moe import experts
+from diffmoe.moe.routing import Routing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -72,6 +73,44 @@ def test_bias_and_gelu_by_expert(ends, pads, width, gelu, dtype):
     assert_near([y, *grads], [wanted, *(value.nan_to_num(0) for value in wanted_grads)], DTYPES[dtype])
     again = grouped_bias(*leaves, torch.tensor(ends, dtype=torch.int32, device=DEVICE), gelu)
     assert all(map(torch.equal, grads, torch.autograd.grad(again, leaves, grad)))
+
+
+# ---------------------------------------------------------------- tokens and pairs
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "num_experts", "width", "share", "rows"), [
+    (50, 4, 33, 0.4, None), (64, 3, 64, 1.0, 200), (7, 16, 130, 0.1, 40), (5, 2, 8, 0.0, 6)], ids=str)
+def test_rows_of_tokens_and_the_sum_of_their_pairs(tokens, num_experts, width, share, rows, dtype):
+    from diffmoe.models.pair_kernels import add_pairs, row_table, rows_of_tokens
+
+    mask = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(1)) < share
+    routing = Routing.from_mask(mask, rand(tokens, num_experts, seed=2), num_rows=rows)
+    token, expert = routing.token_N.to(DEVICE), routing.expert_of_pair(num_experts).to(DEVICE)
+    pairs = int(mask.sum())
+    values = [rand(tokens, width, seed=3).to(DEVICE, dtype), rand(len(token), width, seed=4).to(DEVICE, dtype),
+              routing.gate_N.to(DEVICE)]
+    grads = [rand(len(token), width, seed=5).to(DEVICE, dtype), (rand(tokens, width, seed=6) + 1).to(DEVICE)]
+    values[1][pairs:] = 0  # a pad's row; its gradient may hold anything
+    grads[0][pairs:] = float("nan")
+
+    def measure(values, grads, by_kernels):
+        x, y, gate = leaves = [value.detach().requires_grad_() for value in values]
+        if by_kernels:
+            table = row_table(token, expert, tokens, num_experts)
+            outputs = rows_of_tokens(x, token, table), add_pairs(y, gate, token, table, torch.float32)
+        else:
+            picked = x[token.cpu()]
+            outputs = picked, torch.zeros_like(x).index_add(0, token.cpu(), y * gate[:, None])
+        return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+
+    found = measure(values, grads, by_kernels=True)
+    wanted = measure([value.double().cpu() for value in values],
+                     [grad.double().cpu().nan_to_num(0) for grad in grads], by_kernels=False)
+    assert [value.dtype for value in found] == [dtype, torch.float32, dtype, dtype, torch.float32]
+    assert_near(found, wanted, DTYPES[dtype])
+    assert all(map(torch.equal, found, measure(values, grads, by_kernels=True)))
 
 
 # ---------------------------------------------------------------- residual sum, norm and modulation

@@ -22,6 +22,7 @@ from diffmoe.moe.routing import Routing, SeededGenerator, without_autocast
 
 if HAS_TRITON:
     from diffmoe.models.bias_kernels import grouped_bias
+    from diffmoe.models.pair_kernels import add_pairs, row_table, rows_of_tokens
 
 # Public since torch 2.10; the underscored name is the same operator before.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -71,9 +72,14 @@ class ExpertBank(nn.Module):
             dtype = torch.get_autocast_dtype(x_SD.device.type)
         with without_autocast(x_SD.device):
             weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
-            y_ND = self._compute(x_SD.to(dtype)[routing.token_N], weights, routing)
-            weighted_ND = y_ND * routing.gate_N[:, None].to(torch.promote_types(dtype, routing.gate_N.dtype))
-            return weighted_ND.new_zeros(x_SD.shape).index_add_(0, routing.token_N, weighted_ND).to(x_SD.dtype)
+            x, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
+            if kernels_apply(x):
+                row_SE = row_table(token_N, routing.expert_of_pair(len(self.w1)), len(x), len(self.w1))
+                y_ND = self._compute(rows_of_tokens(x, token_N, row_SE), weights, routing)
+                return add_pairs(y_ND, gate_N, token_N, row_SE, x_SD.dtype)
+            y_ND = self._compute(x[token_N], weights, routing)
+            weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
+            return weighted_ND.new_zeros(x.shape).index_add_(0, token_N, weighted_ND).to(x_SD.dtype)
 
     def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
         equal = isinstance(routing.tokens_per_expert, int)

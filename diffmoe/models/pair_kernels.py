@@ -1,0 +1,136 @@
+"""Triton kernels between tokens and routed pairs: each token's pairs are added up in a fixed order, without atomics.
+
+    rows_of_tokens    x[token of the pair]; its gradient adds up each token's pairs
+    add_pairs         the sum over a token's pairs of weight * row
+
+A table says which row a token has with each expert, so that a sum reads its terms instead of being written by them:
+the same run gives the same bits again, where atomic sums depend on which comes first.
+
+Shapes: S tokens, N pairs (rows), E experts, D width. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+ROWS, COLS = 32, 64
+
+
+def row_table(token_N: Tensor, expert_N: Tensor, num_tokens: int, num_experts: int) -> Tensor:
+    """Return the row of each token with each expert, int32 (S, E); -1 where they are no pair.
+
+    Args:
+        token_N: int64 token of each row.
+        expert_N: int64 expert of each row; E for pads, which are in no table.
+        num_tokens: S.
+        num_experts: E.
+    """
+    table = torch.full((num_tokens, num_experts + 1), -1, dtype=torch.int32, device=token_N.device)
+    table[token_N, expert_N] = torch.arange(len(token_N), dtype=torch.int32, device=token_N.device)
+    return table[:, :num_experts].contiguous()
+
+
+@triton_op("diffmoe::rows_of_tokens", mutates_args={})
+def rows_of_tokens(x_SD: Tensor, token_N: Tensor, row_SE: Tensor) -> Tensor:
+    """Return x[token_N], (N, D).
+
+    Args:
+        x_SD: tokens.
+        token_N: int64 token of each row.
+        row_SE: `row_table`; rows that are not in it have no gradient.
+    """
+    return x_SD[token_N]
+
+
+@triton_op("diffmoe::add_pairs", mutates_args={})
+def add_pairs(y_ND: Tensor, gate_N: Tensor, token_N: Tensor, row_SE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each token's sum of gate * row in `dtype`, (S, D); zeros for a token without a pair.
+
+    Args:
+        y_ND: rows.
+        gate_N: float32 weight of each row.
+        token_N: int64 token of each row.
+        row_SE: `row_table`; rows that are not in it are left out.
+        dtype: of the result.
+    """
+    return _sum(y_ND, gate_N, row_SE, dtype)
+
+
+def _sum(y_ND: Tensor, gate_N: Tensor | None, row_SE: Tensor, dtype: torch.dtype) -> Tensor:
+    y_ND = y_ND.contiguous()
+    (num_tokens, num_experts), width = row_SE.shape, y_ND.shape[1]
+    out_SD = y_ND.new_empty(num_tokens, width, dtype=dtype)
+    wrap_triton(_add_rows)[triton.cdiv(width, COLS), triton.cdiv(num_tokens, ROWS)](
+        y_ND, y_ND if gate_N is None else gate_N.contiguous(), row_SE, out_SD, num_tokens, width, num_experts,
+        gate_N is not None, ROWS, COLS)
+    return out_SD
+
+
+@triton_op("diffmoe::add_rows", mutates_args={})
+def add_rows(y_ND: Tensor, row_SE: Tensor) -> Tensor:
+    """Return each token's sum of rows in their dtype, (S, D)."""
+    return _sum(y_ND, None, row_SE, y_ND.dtype)
+
+
+@triton_op("diffmoe::add_pairs_backward", mutates_args={})
+def add_pairs_backward(d_out_SD: Tensor, y_ND: Tensor, gate_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the rows (N, D) and of their weights (N,) for that of the sums."""
+    d_out_SD, y_ND = d_out_SD.contiguous(), y_ND.contiguous()
+    d_y_ND, d_gate_N = torch.empty_like(y_ND), torch.empty_like(gate_N)
+    wrap_triton(_add_pairs_backward)[(triton.cdiv(len(y_ND), ROWS),)](
+        d_out_SD, y_ND, gate_N.contiguous(), token_N, d_y_ND, d_gate_N, *y_ND.shape, ROWS, COLS)
+    return d_y_ND, d_gate_N
+
+
+def _rows_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _rows_autograd(ctx, d_y_ND):
+    return add_rows(d_y_ND, *ctx.saved_tensors), None, None
+
+
+def _pairs_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _pairs_autograd(ctx, d_out_SD):
+    return *add_pairs_backward(d_out_SD, *ctx.saved_tensors), None, None, None
+
+
+rows_of_tokens.register_autograd(_rows_autograd, setup_context=_rows_context)
+add_pairs.register_autograd(_pairs_autograd, setup_context=_pairs_context)
+
+
+@triton.jit
+def _add_rows(y, gate, table, out, S, D, E, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for expert in range(E):
+        row = tl.load(table + tokens.to(tl.int64) * E + expert, mask=tokens < S, other=-1).to(tl.int64)
+        value = tl.load(y + row[:, None] * D + cols, mask=(row >= 0)[:, None] & (cols < D), other=0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(gate + row, mask=row >= 0, other=0)[:, None]
+        total += value
+    tl.store(out + tokens.to(tl.int64)[:, None] * D + cols, total, mask=(tokens < S)[:, None] & (cols < D))
+
+
+@triton.jit
+def _add_pairs_backward(d_out, y, gate, token, d_y, d_gate, N, D, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = rows.to(tl.int64)[:, None] * D
+    weight = tl.load(gate + rows, mask=rows < N, other=0)[:, None]
+    source = tl.load(token + rows, mask=rows < N, other=0)[:, None] * D
+    product = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, D, COLS):
+        cols = (start + tl.arange(0, COLS))[None]
+        mask = (rows < N)[:, None] & (cols < D)
+        d = tl.load(d_out + source + cols, mask=mask, other=0).to(tl.float32)
+        product += tl.sum(d * tl.load(y + place + cols, mask=mask, other=0).to(tl.float32), 1)
+        tl.store(d_y + place + cols, weight * d, mask=mask)
+    tl.store(d_gate + rows, product, mask=rows < N)

@@ -108,6 +108,20 @@ def test_a_row_varies_one_setting_and_has_settings_of_one_scale(tmp_path):
     assert [row.config.training.learning_rate for row in (digits[0], cifar[0], cifar[1])] == [1e-3, 2e-3, 5e-4]
 
 
+def test_sizes_and_variants_stand_beside_the_main_table_and_share_its_trainings():
+    tables = {name: load_rows(ROWS.with_name(f"{name}.yaml"), CONFIGS / "cifar10.yaml")
+              for name in ("table1", "sizes", "variants")}
+    rows = {row.key: row.config for table in tables.values() for row in table}
+    assert len(rows) == sum(map(len, tables.values()))
+    widths = [rows[row].model.hidden_size for row in ("dense-narrow", "dense", "dense-large", "dense-wide")]
+    assert widths == sorted(set(widths))
+    assert rows["diffmoe-narrow"].model.hidden_size == rows["dense-narrow"].model.hidden_size
+    trainings = [digest(row.config, scope="training") for row in tables["variants"]]
+    assert len(set(trainings)) == len(trainings)
+    assert [row.key for row, training in zip(tables["variants"], trainings, strict=True)
+            if training == digest(rows["diffmoe"], scope="training")] == ["diffmoe-calibrated"]
+
+
 def test_every_budget_of_a_row_is_a_cell_and_the_cheapest_come_first(rows, data, tmp_path):
     pair = [replace(rows[key], config=replace(rows[key].config, training=replace(rows[key].config.training,
                                                                                  budgets=(16, 32))))

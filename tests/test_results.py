@@ -1,0 +1,41 @@
+"""What the published records of the scale cifar10 must say about one another, and about the rows that rest on them."""
+
+from itertools import groupby
+from pathlib import Path
+
+from diffmoe.cells import load_rows
+from diffmoe.config import digest, load_config
+from diffmoe.records import read_records
+from diffmoe.train import CONFIGS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "cifar10"
+SCALE = CONFIGS / "cifar10.yaml"
+REPEATED = 0.01
+"""Relative difference of the distances of one configuration, seed and kind of GPU; README.md there states it."""
+
+
+def test_each_system_has_the_learning_rate_that_the_rule_chose_and_none_before_all_three_ran():
+    rule = load_rows(ROOT / "baselines" / "learning_rate.yaml", SCALE)
+    main = load_rows(ROOT / "baselines" / "table1.yaml", SCALE)
+    found = {record.id.rpartition("-s")[0]: record.metrics["distance"]
+             for record in read_records(RESULTS / "learning_rate" / "records")}
+    for system in {row.system for row in rule}:
+        distances = {row.config.training.learning_rate: found.get(f"{row.key}-{digest(row.config)}")
+                     for row in rule if row.system == system}
+        chosen = load_config([SCALE]).training.learning_rate
+        if None not in distances.values():
+            chosen = min(distances, key=distances.get)
+        assert {row.config.training.learning_rate for row in main if row.system == system} == {chosen}, system
+
+
+def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():
+    def identity(record):
+        return record.config_digest, record.seed, record.environment["hardware"]
+
+    records = [record for folder in RESULTS.glob("*/records") for record in read_records(folder)]
+    repeats = [[record.metrics["distance"] for record in same]
+               for _, same in groupby(sorted(records, key=identity), key=identity)]
+    repeats = [distances for distances in repeats if len(distances) > 1]
+    assert repeats
+    assert all(max(distances) <= (1 + REPEATED) * min(distances) for distances in repeats), repeats

@@ -23,6 +23,19 @@ DECODED_AT_ONCE = 32
 """Images of one call of the decoder, whose activations are far larger than its output."""
 
 
+def autoencoder_class() -> type:
+    """Return diffusers' AutoencoderKL, an optional extra of this package.
+
+    Raises:
+        ConfigError: when diffusers is missing.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ConfigError(f"latents need diffusers ({error}); pip install 'diffmoe[latents]'") from None
+    return AutoencoderKL
+
+
 class Vae:
     """An autoencoder on a device, in eval mode.
 
@@ -35,12 +48,9 @@ class Vae:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise ConfigError(f"latents need diffusers ({error}); pip install 'diffmoe[latents]'") from None
+        autoencoder_kl = autoencoder_class()
         try:  # safetensors only: reading weights must not execute anything
-            self.model = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+            self.model = autoencoder_kl.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"vae={name}: no AutoencoderKL in safetensors there ({str(error)[:200]}); give a folder "
                               "that save_pretrained wrote, or a name on the hub while there is a network") from None

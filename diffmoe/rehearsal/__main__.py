@@ -1,7 +1,6 @@
 """Rehearse the paper's scale on small data: every command that a lab would give, on the GPUs of this machine.
 
-    python -m diffmoe.rehearsal                    do all of it; the record goes to results/rehearsal/local
-    python -m diffmoe.rehearsal --report FOLDER    write table.md of a folder's records; --check compares it with them
+    python -m diffmoe.rehearsal        do all of it; the record and its page go to results/rehearsal/local
 
 Pictures become latents; one process, DDP and FSDP2 train with the same losses; of several processes one is killed, and
 one process finishes their run; guided samples are measured by ADM's definitions. Pictures, autoencoder and Inception
@@ -12,7 +11,6 @@ Without a GPU a tiny network does the same in two processes.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -24,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ import torch
 
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import ConfigError, load_config, require
-from diffmoe.records import environment
+from diffmoe.records import environment, write_record
 from diffmoe.rehearsal.materials import CLASSES, FACTOR, make_images, make_inception, make_reference, make_vae
-from diffmoe.rehearsal.report import Check, Rehearsal, check_report, write_record, write_report
+from diffmoe.rehearsal.report import TABLE, Check, Rehearsal, write_report
 from diffmoe.train import CONFIGS
 
 LOCAL = Path("results/rehearsal/local")
@@ -236,18 +235,19 @@ def rehearse(work: Path, out: Path, device: torch.device, processes: int) -> Reh
     """
     work.mkdir(parents=True, exist_ok=True)
     steps = Steps(work, device, processes)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = datetime.now(UTC)
     steps.materials()
     steps.encode()
     runs = steps.compare()
     steps.kill_and_resume()
     metrics = steps.measure()
     config = load_config(SYSTEM, steps.settings)
-    record = Rehearsal(started=started, environment=environment(device), processes=processes,
+    record = Rehearsal(id=f"rehearsal-{started:%Y%m%d-%H%M%S}", started=f"{started:%Y-%m-%d %H:%M} UTC",
+                       environment=environment(device), processes=processes,
                        settings={"size": config.model.hidden_size, "experts": config.model.moe.num_experts,
                                  "bf16_steps": steps.size.bf16_steps, "run_steps": steps.size.run_steps},
                        checks=steps.checks, runs=runs, metrics=metrics)
-    write_record(out, record)
+    write_record(out / "records", record)
     return record
 
 
@@ -255,22 +255,16 @@ def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m diffmoe.rehearsal", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=LOCAL, help=f"folder of the record (default: {LOCAL})")
+    parser.add_argument("--out", type=Path, default=LOCAL, help=f"folder of records and of the work (default: {LOCAL})")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=int, metavar="N", help="default: the GPUs here; 2 without any")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write the table of a folder's records and stop")
-    parser.add_argument("--check", action="store_true", help="with --report: exit 1 when it does not follow from them")
     options = parser.parse_args(arguments)
-    if options.report is not None:
-        problems = check_report(options.report) if options.check else write_report(options.report)
-        print("\n".join(map(str, problems)) or f"{options.report}: everything in it follows from the records")
-        return 1 if options.check and problems else 0
     device = choose_device(options.device)
     processes = options.processes or (torch.cuda.device_count() if device.type == "cuda" else 2)
     require(processes >= 2, "--processes", processes, "a rehearsal of several takes 2 or more GPUs")
     record = rehearse(options.out / f"work-{device.type}-{processes}", options.out, device, processes)
     write_report(options.out)
-    print((options.out / "table.md").read_text())
+    print((options.out / TABLE).read_text())
     return 0 if all(check.ok for check in record.checks) else 1
 
 

@@ -1,15 +1,20 @@
-"""The record of a rehearsal, and the page that is made of all records of a folder."""
+"""The record of a rehearsal, and the page that is made of all records of a folder.
+
+    python -m diffmoe.rehearsal.report results/rehearsal            write table.md
+    python -m diffmoe.rehearsal.report results/rehearsal --check    exit 1 when it does not follow from the records
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
+from diffmoe.report.command import report_command
 from diffmoe.report.table1 import format_table
 from diffmoe.training.checkpoint import write_whole
 
@@ -31,6 +36,7 @@ class Check:
 class Rehearsal:
     """What one rehearsal found."""
 
+    id: str
     started: str
     """UTC."""
     environment: dict[str, Any]
@@ -45,14 +51,6 @@ class Rehearsal:
     """By Inception without training: that they can be computed is all that they say."""
 
 
-def write_record(folder: Path, record: Rehearsal) -> Path:
-    """Write a record under the digest of its content."""
-    text = json.dumps(dataclasses.asdict(record), indent=1)
-    path = folder / f"rehearsal-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    write_whole(path, lambda aside: aside.write_text(text))
-    return path
-
-
 def read_rehearsals(folder: Path) -> list[Rehearsal]:
     """Read all records of a folder, oldest first.
 
@@ -60,7 +58,7 @@ def read_rehearsals(folder: Path) -> list[Rehearsal]:
         ConfigError: when there is none, or a file is none.
     """
     records = []
-    for path in sorted(folder.glob("rehearsal-*.json")):
+    for path in sorted((folder / "records").glob("*.json")):
         try:
             content = json.loads(path.read_text())
             records.append(Rehearsal(**content | {"checks": [Check(**check) for check in content["checks"]]}))
@@ -73,17 +71,17 @@ def read_rehearsals(folder: Path) -> list[Rehearsal]:
 
 def markdown(records: list[Rehearsal]) -> str:
     """Return the page: of each record its checks, and what its runs took."""
-    sections = ["# Rehearsals of the paper's scale\n\nMade from the records beside it by `python -m diffmoe.rehearsal "
-                "--report`. Pictures, autoencoder and Inception are untrained."]
+    sections = ["# Rehearsals of the paper's scale\n\nMade from the records beside it by `python -m "
+                "diffmoe.rehearsal.report`. Pictures, autoencoder and Inception are untrained."]
     for record in records:
         found, settings = record.environment, record.settings
         sections.append(
-            f"## {record.started}\n\n{record.processes} processes, {found['hardware']}, torch "
+            f"## {record.id}\n\n{record.started}, {record.processes} processes, {found['hardware']}, torch "
             f"{found['versions']['torch']}, commit {found['commit'][:12]}{' with changes' if found['dirty'] else ''}; "
             f"DiffMoE of width {settings['size']} with {settings['experts']} experts, its pool the batch of all "
             f"processes; {settings['bf16_steps']} steps in bf16, {settings['run_steps']} of the killed run.")
         sections.append(format_table([["what must hold", "found", "limit", ""], *(
-            [check.name, f"{check.found:.3g}", check.limit, "holds" if check.ok else "**does not hold**"]
+            [check.name, f"{check.found:,.4g}", check.limit, "holds" if check.ok else "**does not hold**"]
             for check in record.checks)]))
         sections.append(format_table([["run", "processes", "batch", "images/s", "peak of a process, GiB"], *(
             [run["name"], str(run["processes"]), str(run["batch"]), f"{run['images_per_second']:,.0f}",
@@ -103,13 +101,20 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def check_report(folder: Path) -> list[str]:
-    """Return a line for what does not follow from the records.
+    """Return a line when the page does not follow from the records.
 
     Raises:
         ConfigError: as `read_rehearsals` does.
     """
     table = folder / TABLE
-    if not table.is_file():
-        return [f"{table}: missing"]
-    return [] if table.read_text() == markdown(read_rehearsals(folder)) else [
-        f"{table}: does not follow from the records"]
+    same = table.is_file() and table.read_text() == markdown(read_rehearsals(folder))
+    return [] if same else [f"{table}: does not follow from the records"]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    return report_command(arguments, "diffmoe.rehearsal.report", __doc__, write_report, check_report)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

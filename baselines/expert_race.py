@@ -41,6 +41,10 @@ class ExpertRace(Router):
         """Return the logits: a softmax would hide which tokens need experts most."""
         return self.logits(x_BTD)
 
+    def passes(self, x_BTD: Tensor) -> Tensor:
+        """Return the pairs whose score is above the threshold, bool (S, E)."""
+        return self.scores(x_BTD) > self.threshold
+
     def update(self, observed: Tensor, num_updates: int) -> None:
         """Follow the score of the last winner; the average starts at the first one seen."""
         self.threshold.lerp_(observed.to(self.threshold.dtype), 1 - THRESHOLD_DECAY if num_updates else 1.0)

@@ -26,6 +26,7 @@ from diffmoe.data import ImageData, TrainingData
 from diffmoe.evaluation.adm import measure_adm, read_reference
 from diffmoe.evaluation.calibration import calibrate_thresholds
 from diffmoe.evaluation.classifiers import CLASSIFIERS, DIGITS, classify
+from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure, sampling_floor
@@ -252,7 +253,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     Args:
         scale: name of the scale, for the record.
         deadline: value of `time.monotonic()` at which training saves itself and stops.
-        turn: held while training or sampling, as `gpu_turn` does; the rest may overlap with other cells' work.
+        turn: held while the network trains, samples or is looked into, as `gpu_turn` does; the rest may overlap with
+            other cells' work.
         progress: told of training as it goes.
 
     Raises:
@@ -276,6 +278,9 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
     sweep = _sweep(cell, model, data, store, device, turn) if cell.row.threshold_sweep else []
+    described = environment(device)  # first: steps that are not compiled hold another memory than the row's
+    with turn():
+        diagnosis = diagnose(model, config, cell.seed, data)
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
@@ -290,7 +295,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
                     "distance_name": distance_name(config.evaluation.extractor),
                     "floor": sampling_floors(config.evaluation, data, store.cache, device)},
         metrics=metrics, activation=activation(config, samples), threshold_sweep=sweep,
-        examples=examples(samples.images, samples.labels, samples.token_load), environment=environment(device))
+        examples=examples(samples.images, samples.labels, samples.token_load), diagnosis=diagnosis,
+        environment=described)
     write_record(store.records, record)
     return record
 

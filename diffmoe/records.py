@@ -68,6 +68,8 @@ class Record:
     examples: dict[str, Any] = field(default_factory=dict)
     """First images of the first classes, none of latents: `labels` [n], `images` (base64 of one PNG strip) and, for
     mixtures, `token_load` (n, T)."""
+    diagnosis: dict[str, Any] = field(default_factory=dict)
+    """What the network does inside, by layer and noise level, as `diffmoe.evaluation.diagnosis.diagnose` returns it."""
     environment: dict[str, Any] = field(default_factory=dict)
     """`commit`, `dirty`, `versions`, `hardware`, `machine`, `threads`, `peak_memory_bytes`."""
     schema: int = SCHEMA

@@ -175,6 +175,19 @@ def test_a_record_states_what_was_measured_and_no_path_of_this_machine(measured)
     assert str(store.folder) not in text
 
 
+def test_a_record_says_what_its_network_does_inside_and_an_older_one_has_no_word_of_it(measured, tmp_path):
+    store, records = measured
+    static, dynamic, dense = (records[key].diagnosis for key in ("ec-static", "ec-dynamic", "dense"))
+    assert static["load_by_level"] == dynamic["load_by_level"] and static["passes"] == dynamic["passes"]  # one training
+    assert static["capacity"] != dynamic["capacity"]
+    assert dense.keys() == {"images", "noise_levels", "blocks", "gradients", "weights"}
+    path = next(store.records.glob("dense-*.json"))
+    content = json.loads(path.read_text())
+    del content["diagnosis"]
+    (tmp_path / path.name).write_text(json.dumps(content))
+    assert read_records(tmp_path) == [replace(records["dense"], diagnosis={})]
+
+
 def test_one_process_of_a_folder_at_a_time_has_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
     entered = threading.Event()

@@ -7,6 +7,7 @@ from test_training import SYSTEMS, digits_config
 
 from diffmoe.config import Backend, Precision
 from diffmoe.data import load_data
+from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import build_model
 from diffmoe.moe.routing import Routing
@@ -99,3 +100,19 @@ def test_sampling_by_cuda_graphs_gives_the_images_and_capacity_of_plain_calls(sy
     wanted, got = (sample_images(model, config, range(20)) for config in (plain, compiled))
     assert (got.images.int() - wanted.images.int()).abs().double().mean() < 2  # of 255; rounding moves a rare token
     assert wanted.capacity is None or (got.capacity - wanted.capacity).abs().mean() < 2e-2
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_network_compiled_to_sample_is_diagnosed_as_before_and_samples_on(system):
+    config = digits_config(system, "sampling.num_steps=4", "sampling.batch_size=8", "training.precision=bf16",
+                           "runtime.compile=true")
+    data = load_data(config.data, config.model)
+    model = randomise(build_model(config.model)).to(CUDA).eval()
+    for layer in model.moe_layers().values():
+        set_threshold(layer.router)
+    before = diagnose(model, config, 0, data)
+    images = sample_images(model, config, range(20)).images
+    random_state = torch.cuda.get_rng_state()
+    assert diagnose(model, config, 0, data) == before
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert torch.equal(sample_images(model, config, range(20)).images, images)

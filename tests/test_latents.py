@@ -19,6 +19,7 @@ from diffmoe.data import latents, load_data
 from diffmoe.data.conversion import centre_crop
 from diffmoe.data.images import seeded_generator, to_model_range
 from diffmoe.data.latent_data import MANIFEST, LatentData, check_latents, load_latents
+from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.vae import load_vae
 from diffmoe.training.trainer import Trainer
@@ -169,6 +170,12 @@ def test_training_draws_the_same_batches_with_and_without_reading_ahead(encoded)
         alone = other.batch(step)
         assert torch.equal(ahead[step].images, alone.images) and torch.equal(ahead[step].labels, alone.labels)
     assert all(torch.isfinite(loss) for loss in one.train_step().values())
+
+
+def test_a_network_of_latents_is_diagnosed_by_their_classes(encoded):
+    model = random_model(in_channels=4, num_classes=2).eval()
+    found = diagnose(model, latent_run(encoded), 0, LatentData(encoded))
+    assert all(None not in loads and len(loads) == 2 for layer in found["load_by_class"] for loads in layer)
 
 
 def test_the_decoder_inverts_the_scaling_and_gives_pixels(vae_folder):

@@ -34,6 +34,11 @@ class DDPM(Process):
         """Draw int64 timesteps (B,), uniform over the chain."""
         return torch.randint(len(self.schedule), (batch_size,), generator=generator, device=generator.device).to(device)
 
+    def even_times(self, count: int) -> Tensor:
+        """Return int64 timesteps: 950, 850 ... 50 for 10."""
+        steps = len(self.schedule)
+        return steps - steps * (2 * torch.arange(count) + 1) // (2 * count)
+
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t of q(x_t | x_0), Ho et al. eq. 4."""
         c = self.schedule.at_each(t, x.dtype)

@@ -25,6 +25,10 @@ class RectifiedFlow(Process):
         """Draw float32 times (B,), uniform in [0, 1)."""
         return torch.rand(batch_size, generator=generator, device=generator.device).to(device)
 
+    def even_times(self, count: int) -> Tensor:
+        """Return float32 times: 0.05, 0.15 ... 0.95 for 10."""
+        return (torch.arange(count) + 0.5) / count
+
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return t x + (1 - t) noise."""
         t = t.to(x.dtype)[:, None, None, None]

@@ -33,6 +33,10 @@ class Process(abc.ABC):
         """Draw the training times (B,) on the generator's device and return them on `device`."""
 
     @abc.abstractmethod
+    def even_times(self, count: int) -> Tensor:
+        """Return the middles (count,) of as many equal stretches of time, from the most noise to the least."""
+
+    @abc.abstractmethod
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the noised x_t (B, C, H, W) of data `x` at times `t` (B,)."""
 

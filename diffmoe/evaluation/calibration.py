@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from diffmoe.config import RunConfig
-from diffmoe.data import ImageData
+from diffmoe.data import TrainingData
 from diffmoe.models.dit import DiT
 from diffmoe.training.trainer import Trainer
 
@@ -17,8 +17,16 @@ def calibration_batches(config: RunConfig) -> int:
     return getattr(config.model.moe and config.model.moe.router, "calibration_batches", 0)
 
 
+def trainer_of(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> Trainer:
+    """Return an uncompiled trainer whose network is a copy of `model`, to see it under the training rule."""
+    eager = replace(config, runtime=replace(config.runtime, compile=False))
+    trainer = Trainer(eager, seed, data, model.positions.device)
+    trainer.model.load_state_dict(model.state_dict())
+    return trainer
+
+
 @torch.no_grad()
-def calibrate_thresholds(model: DiT, config: RunConfig, seed: int, data: ImageData) -> DiT:
+def calibrate_thresholds(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> DiT:
     """Set each threshold to what the training rule observes of `model` itself, mean over fresh training batches.
 
     Training averages what its moving weights showed; this is what the averaged weights show. Returns the model.
@@ -26,9 +34,7 @@ def calibrate_thresholds(model: DiT, config: RunConfig, seed: int, data: ImageDa
     num_batches = calibration_batches(config)
     if num_batches == 0:
         return model
-    eager = replace(config, runtime=replace(config.runtime, compile=False))
-    trainer = Trainer(eager, seed, data, model.positions.device)
-    trainer.model.load_state_dict(model.state_dict())
+    trainer = trainer_of(model, config, seed, data)
     first = config.training.num_steps  # images, noise and times beyond the last step
     observed = [[routing.observed for routing in trainer.losses(trainer.batch(first + index))[1].routings]
                 for index in range(num_batches)]

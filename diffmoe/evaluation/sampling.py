@@ -154,7 +154,7 @@ def _by_call(values: list[Tensor], adaptive: bool) -> Tensor:
     return stacked.mean(0, keepdim=True) if adaptive else stacked
 
 
-def prepare_call(model: DiT, config: RunConfig, row_bound: float, *, compiled: bool) -> NetworkCall:
+def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, compiled: bool) -> NetworkCall:
     """Return a call of the network under the run's precision; compiled, a GPU replays it as one CUDA graph.
 
     The graph is for inputs of one shape, and its outputs last until the next call.

@@ -127,6 +127,13 @@ class ExpertChoice(Router):
         """Return the predicted probability that each expert takes each token, float32 (S, E)."""
         return self.predictor(x_BTD.flatten(0, 1)).sigmoid()
 
+    def passes(self, x_BTD: Tensor) -> Tensor | None:
+        """Return the pairs whose predicted probability is above the expert's threshold, bool (S, E)."""
+        if not self.options.predictor:
+            return None
+        threshold = self.threshold if self.options.global_threshold is None else self.options.global_threshold
+        return self.probabilities(x_BTD) > threshold
+
     def _num_pools(self, x_BTD: Tensor) -> int:
         num_samples = x_BTD.shape[0]
         if self.options.pool is Pool.SAMPLE:
@@ -185,8 +192,7 @@ class ExpertChoice(Router):
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
-        threshold = self.threshold if self.options.global_threshold is None else self.options.global_threshold
-        passes_SE = self.probabilities(x_BTD) > threshold
+        passes_SE = self.passes(x_BTD)
         if self.options.selection is Selection.GATE:
             passes_SE = self._take_by_score(passes_SE, scores_SE, self._num_pools(x_BTD))
         return Routing.from_mask(passes_SE, scores_SE, num_rows=row_count(row_bound, *scores_SE.shape))

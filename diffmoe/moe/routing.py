@@ -149,6 +149,10 @@ class Router(nn.Module, abc.ABC):
         """Return the weight that each pair would get, float32 (S, E). Default: softmax over experts."""
         return self.logits(x_BTD).softmax(-1)
 
+    def passes(self, x_BTD: Tensor) -> Tensor | None:
+        """Return the pairs above the router's threshold, bool (S, E), each for itself. Default: None, it has none."""
+        return None
+
     def update(self, observed: Tensor, num_updates: int) -> None:
         """Move this router's buffers; called once an optimiser step with `Routing.observed`.
 

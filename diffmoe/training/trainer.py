@@ -42,7 +42,7 @@ class Batch:
     times: Tensor
     """As the process draws them."""
 
-    def rows(self, part: slice) -> Batch:
+    def rows(self, part: slice | Tensor) -> Batch:
         """Return some of the rows."""
         return Batch(self.images[part], self.labels[part], self.noise[part], self.times[part])
 

@@ -105,8 +105,9 @@ def _watched(model: DiT) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
 
     def see_block(block: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x_BTD, gate_BD, y_BTD = output[0]
-        parts = x_BTD, gate_BD[:, None] * y_BTD, y_BTD
-        squares.append(torch.stack([part.float().square().sum((1, 2)) for part in parts], 1))
+        y_BTD = y_BTD.float()
+        parts = x_BTD.float(), gate_BD[:, None] * y_BTD, y_BTD
+        squares.append(torch.stack([part.square().sum((1, 2)) for part in parts], 1))
 
     def see_router(router: Router, inputs: tuple[Any, ...], output: Routing) -> None:
         passes.append(router.passes(inputs[0]))

@@ -1,7 +1,8 @@
 """Write a results folder's table, verdicts and figures from its records, or check that they follow from them.
 
     python -m diffmoe.report results/digits            reads records/*.json, writes table.md, table.csv, verdicts.md,
-                                                       cost.md and figures/ (PNG, and the data of each as CSV)
+                                                       cost.md, diagnosis.md and figures/ (PNG, and the data of each
+                                                       as CSV)
     python -m diffmoe.report results/digits --check    exit 1 when a file does not follow from the records
 
 Records of several budgets make such a report each, in a subfolder named by its optimiser steps (2000-steps/), and
@@ -22,13 +23,14 @@ from diffmoe.records import Record, read_records
 from diffmoe.report.budgets import budgets_data, budgets_markdown, by_budget, distance_against_budget
 from diffmoe.report.command import report_command
 from diffmoe.report.cost import cost_markdown
+from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
 from diffmoe.report.figures import Figures, data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
 from diffmoe.report.verdicts import load_claims, verdicts_markdown
 
 FIGURES = "figures"
-PAGES = ("table.md", "table.csv", "verdicts.md", "cost.md", "budgets.md")
+PAGES = ("table.md", "table.csv", "verdicts.md", "cost.md", "diagnosis.md", "budgets.md")
 ACROSS: Figures = {"distance_vs_budget": (budgets_data, distance_against_budget)}
 """Figures of a folder of several budgets; each budget has its own `DRAWN`."""
 
@@ -57,6 +59,8 @@ def report_parts(records: Sequence[Record]) -> dict[str, Part]:
 
 def _pages(records: Sequence[Record], everything: Sequence[Record]) -> dict[str, str]:
     pages = {"table.md": table_markdown(records), "table.csv": table_csv(records), "cost.md": cost_markdown(records)}
+    if any(record.diagnosis for record in records):
+        pages["diagnosis.md"] = diagnosis_markdown(records)
     judged = {row for claim in load_claims() for row in (claim.better, claim.worse)}
     if judged.isdisjoint(record.row for record in records):  # runs of another kind, as those of learning rates
         return pages

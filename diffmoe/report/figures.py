@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diffmoe.records import Record
+from diffmoe.report.diagnosis import branches, branches_data, experts, experts_data, thresholds, thresholds_data
 from diffmoe.report.distances import (
     cost_data,
     distance_against_capacity,
@@ -32,10 +32,9 @@ from diffmoe.report.panels import (
     samples_data,
     tokens_per_expert,
 )
-from diffmoe.report.style import SYSTEMS, finish_figure, row_columns, row_style, start_figure, system_colour
+from diffmoe.report.style import SYSTEMS, draw_lines, finish_figure, row_columns, row_style, start_figure
 from diffmoe.report.table import group_rows
 
-DASHES = ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
 DPI = 150
 DRAWN_FROM = "Data digest"
 """Text entry of a PNG."""
@@ -81,7 +80,7 @@ def training_loss(records: Sequence[Record]) -> Figure:
     """Draw the diffusion loss of each training, mean and sd over seeds."""
     figure, axes = start_figure(records, "Training loss", "optimiser step",
                                 "diffusion loss (mean squared error)", metric=False, sampled=False)
-    _lines(axes, losses_data(records), "step", "loss", records)
+    draw_lines(axes, losses_data(records), "step", "loss", records)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
@@ -93,7 +92,7 @@ def capacity_by_call(records: Sequence[Record]) -> Figure:
     figure, axes = start_figure(records, "Capacity against sampling step", "network call (1: pure noise)",
                                 "capacity C: experts a token", metric=False)
     axes.axhline(1, color="0.6", lw=1, zorder=0)
-    _lines(axes, calls_data(records), "call", "capacity", records)
+    draw_lines(axes, calls_data(records), "call", "capacity", records)
     return finish_figure(figure, axes)
 
 
@@ -106,7 +105,7 @@ def capacity_by_class(records: Sequence[Record]) -> Figure:
     axes.axhline(1, color="0.6", lw=1, zorder=0)
     if not few:
         data = data.assign(**{"class": data.groupby(["row", "seed"]).capacity.rank(method="first", ascending=False)})
-        _lines(axes, data, "class", "capacity", records)
+        draw_lines(axes, data, "class", "capacity", records)
         return finish_figure(figure, axes)
     rows = list(dict.fromkeys(data.row))
     for index, (row, group) in enumerate(data.groupby("row", sort=False)):
@@ -131,6 +130,10 @@ FIGURES: Figures = {
     "tokens_per_expert": (expert_load_data, tokens_per_expert),
     "samples": (samples_data, samples),
     "computation": (computation_data, computation),
+    "branches": (branches_data, branches),
+    "experts_by_noise_level": (partial(experts_data, of="noise_level"), partial(experts, of="noise_level")),
+    "experts_by_class": (partial(experts_data, of="class"), partial(experts, of="class")),
+    "thresholds": (thresholds_data, thresholds),
 }
 
 
@@ -164,12 +167,3 @@ def figures_csv(records: Sequence[Record], figures: Figures = FIGURES) -> dict[s
     """Return the data of each figure as CSV text, by the figure's name."""
     frames = {name: frame(records) for name, (frame, _) in figures.items()}
     return {name: frame.to_csv(index=False, lineterminator="\n") for name, frame in frames.items() if not frame.empty}
-
-
-def _lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence[Record]) -> None:
-    firsts = data.drop_duplicates("label")
-    palette = {line.label: system_colour(line.system, records) for line in firsts.itertuples()}
-    place = firsts.groupby("system").cumcount()
-    dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
-    sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,
-                 lw=1.6)

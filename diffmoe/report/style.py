@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffm
 COLOURS = dict(zip(SYSTEMS, ("#5b5b5b", "#de8f05", "#0173b2", "#d1332e", "#029e73"), strict=True))
 OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
 """For systems that a user adds, in alphabetical order."""
+DASHES = ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SWEPT = "threshold swept"
 FLOOR = "floor: as many training images"
@@ -77,6 +79,16 @@ def name_figure(figure: Figure, records: Sequence[Record], title: str, *, metric
     spread = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     note = scale_note(records, metric=metric, sampled=sampled)
     figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
+
+
+def draw_lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence[Record]) -> None:
+    """Draw a line a label, mean and sd over its seeds: of its system's colour, each of a system with other dashes."""
+    firsts = data.drop_duplicates("label")
+    palette = {line.label: system_colour(line.system, records) for line in firsts.itertuples()}
+    place = firsts.groupby("system").cumcount()
+    dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
+    sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,
+                 lw=1.6)
 
 
 def floor_line(axes: Axes, records: Sequence[Record], *, named: bool = True) -> None:

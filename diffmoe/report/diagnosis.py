@@ -1,0 +1,175 @@
+"""Figures of what the networks do inside, from the `diagnosis` of records: gates and branches, who works on what, and
+what passes the thresholds. Records that lack it are left out; the page with the means is `diagnosis_page`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from diffmoe.records import Record
+from diffmoe.report.panels import MOST_SHARE
+from diffmoe.report.style import SYSTEMS, draw_lines, name_figure, row_columns, scale_note, set_theme
+from diffmoe.report.table import group_rows
+
+PANELS = {"pair": "weight of a pair, MoE layers", "token": "sum of a token's weights, MoE layers",
+          "moe": "share of the stream, MoE blocks", "dense": "share of the stream, other blocks"}
+"""Panels of `branches`."""
+LOADS = {"noise_level": "load_by_level", "class": "load_by_class"}
+NAMES = {"noise_level": "noise level", "class": "class"}
+
+
+def mean(values: Any) -> float:
+    """Return the mean of nested lists without their Nones; NaN of nothing."""
+    found = [value for value in np.ravel(np.asarray(values, dtype=float)) if not math.isnan(value)]
+    return fmean(found) if found else math.nan
+
+
+def branches_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return gate weights and branches' shares by block (from 1), means over noise levels.
+
+    `panel`: one of `PANELS`; a block is among `moe` for all rows where it has experts in any.
+    """
+    measured = [record for rows in group_rows(records).values() for record in rows if record.diagnosis]
+    sparse = {block for record in measured for block, is_moe in enumerate(record.diagnosis["blocks"]["is_moe"], 1)
+              if is_moe}
+    lines = []
+    for record in measured:
+        blocks = record.diagnosis["blocks"]
+        own = [block for block, is_moe in enumerate(blocks["is_moe"], 1) if is_moe]
+        places = [("moe" if block in sparse else "dense", block, share)
+                  for block, share in enumerate(blocks["share"], 1)]
+        for panel, weights in record.diagnosis.get("gates", {}).items():
+            places += [(panel, block, weight) for block, weight in zip(own, weights, strict=True)]
+        lines += [row_columns(record) | {"panel": panel, "block": block, "value": mean(values)}
+                  for panel, block, values in places]
+    return pd.DataFrame(lines)
+
+
+def branches(records: Sequence[Record]) -> Figure:
+    """Draw what multiplies the experts' outputs, and what the feed-forward layers add to the stream, by block."""
+    data = branches_data(records)
+    panels = [panel for panel in PANELS if panel in set(data.panel)]
+    set_theme()
+    lines = math.ceil(len(panels) / 2)
+    figure, grid = plt.subplots(lines, 2, figsize=(9, 0.9 + 2.6 * lines), squeeze=False, layout="constrained")
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        part = data[data.panel == panel]
+        draw_lines(axes, part, "block", "value", records)
+        axes.set(title=PANELS[panel], xlabel="block", ylabel="", xticks=sorted(part.block.unique()))
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    for axes in grid.flat[len(panels):]:
+        axes.set_axis_off()
+    return _finish(figure, records, "Gates and branches, mean over noise levels")
+
+
+def experts_data(records: Sequence[Record], of: str) -> pd.DataFrame:
+    """Return pairs a token by layer, expert and noise level or class (`of`), by the training rule.
+
+    Of each training's first seed: two seeds order experts differently.
+    """
+    key = LOADS[of]
+    lines = []
+    for record, *_ in _distinct(records, key):
+        places = record.diagnosis["noise_levels"] if of == "noise_level" else range(len(record.diagnosis[key][0][0]))
+        lines += [row_columns(record) | {"layer": layer, "expert": expert, of: place, "load": load}
+                  for layer, experts in enumerate(record.diagnosis[key], 1) for expert, loads in enumerate(experts, 1)
+                  for place, load in zip(places, loads, strict=True)]
+    return pd.DataFrame(lines)
+
+
+def experts(records: Sequence[Record], of: str) -> Figure:
+    """Draw the load of every expert of the first, middle and last layer by noise level or class (`of`)."""
+    data = experts_data(records, of)
+    labels = list(dict.fromkeys(data.label))
+    last = data.layer.max()
+    layers = sorted({1, (1 + last) // 2, last})
+    set_theme()
+    height = 0.5 + min(0.11 * data.expert.nunique(), 3)
+    figure, grid = plt.subplots(len(labels), len(layers), figsize=(9, 1.1 + height * len(labels)), squeeze=False,
+                                layout="constrained")
+    scale = TwoSlopeNorm(vmin=0, vcenter=1, vmax=MOST_SHARE)
+    for label, line in zip(labels, grid, strict=True):
+        for layer, axes in zip(layers, line, strict=True):
+            part = data[(data.label == label) & (data.layer == layer)]
+            table = part.pivot(index="expert", columns=of, values="load") / part.load.mean()
+            centre = (table * np.arange(table.shape[1])).sum(axis=1) / table.sum(axis=1)  # an idle expert has none
+            table = table.loc[centre.sort_values(kind="stable").index].sort_index(axis=1, ascending=of == "class")
+            sns.heatmap(table, ax=axes, norm=scale, cmap="vlag", cbar=False)
+            bottom = label == labels[-1]
+            axes.set(xlabel=NAMES[of] if bottom else "", ylabel=label if layer == 1 else "", yticks=[])
+            axes.set_title(f"MoE layer {layer}" if label == labels[0] else "", fontsize=9)
+            axes.tick_params(labelsize=8, labelbottom=bottom, rotation=0)
+    bar = figure.colorbar(ScalarMappable(scale, "vlag"), ax=grid, shrink=0.8, pad=0.02, extend="max")
+    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.suptitle(f"Who works on which {NAMES[of]}: experts, in the order of their mean, by the training rule\n"
+                    f"{scale_note(records, metric=False, sampled=False)}, seed {data.seed.min()}", x=0.01, ha="left",
+                    fontsize=11)
+    return figure
+
+
+def thresholds_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return precision and recall of the pairs above the threshold by noise level, means over layers."""
+    lines = []
+    for record in (record for rows in _distinct(records, "passes") for record in rows):
+        parts = record.diagnosis["passes"]
+        for place, level in enumerate(record.diagnosis["noise_levels"]):
+            lines.append(row_columns(record) | {"noise_level": level} | {
+                name: mean([layer[place] for layer in parts[name]]) for name in ("precision", "recall")})
+    return pd.DataFrame(lines)
+
+
+def thresholds(records: Sequence[Record]) -> Figure:
+    """Draw how well the pairs above the threshold, each for itself, are those that the training rule takes."""
+    data = thresholds_data(records)
+    set_theme()
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axes, name in zip(grid, ("precision", "recall"), strict=True):
+        draw_lines(axes, data, "noise_level", name, records)
+        axes.set(title=name, xlabel="noise level (1: pure noise)", ylabel="", xlim=(1, 0))
+    return _finish(figure, records, "What passes the threshold, against the choice of the training rule")
+
+
+def _finish(figure: Figure, records: Sequence[Record], title: str) -> Figure:
+    """Put the title over the panels and one legend below them."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+        if axes.get_legend():
+            axes.get_legend().remove()
+        axes.title.set_fontsize(10)
+    sns.despine(figure)
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
+    measured = [record for record in records if record.diagnosis]
+    name_figure(figure, measured, title, metric=False, sampled=False)
+    return figure
+
+
+def _distinct(records: Sequence[Record], key: str) -> list[list[Record]]:
+    """Return the records of each row whose diagnosis has `key`, of rows that have the same in it the first.
+
+    Rows of one training do; a system whose rows all do goes by the system's name.
+    """
+    found: dict[str, list[Record]] = {}
+    for rows in group_rows(records).values():
+        measured = [record for record in rows if key in record.diagnosis]
+        if measured:
+            content = json.dumps([(record.training_digest, record.seed, record.diagnosis[key]) for record in measured])
+            found.setdefault(content, measured)
+    systems = [rows[0].system for rows in found.values()]
+    return [[replace(record, label=SYSTEMS.get(record.system, record.label)) for record in rows]
+            if systems.count(rows[0].system) == 1 else rows for rows in found.values()]

@@ -1,0 +1,100 @@
+"""The page of what the networks do inside: a line a row, means over layers, noise levels and seeds, from records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffmoe.records import Record
+from diffmoe.report.diagnosis import mean
+from diffmoe.report.table import group_rows, mean_sd
+from diffmoe.report.table1 import format_table
+
+Value = Callable[[dict[str, Any]], float]
+COLUMNS: dict[str, tuple[Value, str]] = {
+    "pair weight": (lambda found: mean(found["gates"]["pair"]), "mean weight of a token-expert pair."),
+    "token weight": (lambda found: mean(found["gates"]["token"]), "mean sum of a token's weights, which multiplies what"
+                     " experts put out; a softmax over E experts starts near C / E."),
+    "MoE RMS": (lambda found: _of_blocks(found, "rms", True), "root mean square of an MoE layer's output."),
+    "dense RMS": (lambda found: _of_blocks(found, "rms", False), "the same of a dense feed-forward layer."),
+    "MoE share": (lambda found: _of_blocks(found, "share", True), "RMS of what an MoE block adds behind adaLN's gate "
+                  "over that of the residual stream."),
+    "dense share": (lambda found: _of_blocks(found, "share", False), "the same of a dense block's feed-forward layer."),
+    "C, noise": (lambda found: _at(found, "capacity", 0), "experts a token at inference, at the most noise."),
+    "C, data": (lambda found: _at(found, "capacity", -1), "the same at the least noise."),
+    "by level": (lambda found: _spread(found["load_by_level"]), "how much an expert's share of the tokens differs "
+                 "between noise levels by the training rule: sd over mean; 0 is no specialisation."),
+    "by class": (lambda found: _spread(found["load_by_class"]), "the same between classes, the chance of which images "
+                 "are in the batch included."),
+    "precision": (lambda found: mean(found["passes"]["precision"]), "of the pairs above the threshold, each for itself,"
+                  " the share that the training rule takes."),
+    "recall": (lambda found: mean(found["passes"]["recall"]), "of the pairs that the training rule takes, the share "
+               "above the threshold."),
+    "base rate": (lambda found: mean(found["load_by_level"]) if "passes" in found else math.nan, "the share of all "
+                  "pairs that the training rule takes: the precision of chance."),
+    "threshold": (lambda found: mean(found["thresholds"]), "mean threshold of experts and layers."),
+}
+"""By its heading, a column's value of a diagnosis and what it says."""
+PARTS = ("embedding", "attention", "adaln", "ffn", "experts", "router", "predictor", "final")
+
+
+def diagnosis_markdown(records: Sequence[Record]) -> str:
+    """Return the page; rows without a diagnosis are left out.
+
+    Raises:
+        ConfigError: as `group_rows` does.
+    """
+    rows = [[record for record in same if record.diagnosis] for same in group_rows(records).values()]
+    rows = [same for same in rows if same]
+    first = rows[0][0].diagnosis
+    inside = [["system", *COLUMNS, "seeds"]]
+    inside += [[same[0].label, *(_cell(same, value) for value, _ in COLUMNS.values()), str(len(same))] for same in rows]
+    parts = [part for part in PARTS if any(part in record.diagnosis["weights"] for same in rows for record in same)]
+    norms = [["system", *parts]] + [[same[0].label, *(_norms(same, part) for part in parts)] for same in rows]
+    sentences = "\n".join(f"- {name}: {sentence}" for name, (_, sentence) in COLUMNS.items())
+    return f"""{format_table(inside)}
+
+Scale {rows[0][0].scale}. The averaged networks on {first["images"]} training images at {len(first["noise_levels"])} \
+noise levels; means over layers and levels, ± sd over seeds.
+
+{sentences}
+
+Gradient's norm / weights' norm, by part, means over seeds: the gradient of the training loss of these images, with
+noise and times as training draws them, at the averaged weights.
+
+{format_table(norms)}
+"""
+
+
+def _cell(records: Sequence[Record], value: Value) -> str:
+    values = []
+    for record in records:
+        try:
+            values.append(value(record.diagnosis))
+        except KeyError:  # a dense network has no gates, a router perhaps no threshold
+            return "-"
+    return "-" if any(map(math.isnan, values)) else mean_sd(values)
+
+
+def _norms(records: Sequence[Record], part: str) -> str:
+    norms = [mean([record.diagnosis[kind].get(part) for record in records]) for kind in ("gradients", "weights")]
+    return "-" if any(map(math.isnan, norms)) else " / ".join(f"{norm:.3g}" for norm in norms)
+
+
+def _of_blocks(found: dict[str, Any], name: str, is_moe: bool) -> float:
+    blocks = found["blocks"]
+    return mean([values for values, moe in zip(blocks[name], blocks["is_moe"], strict=True) if moe == is_moe])
+
+
+def _at(found: dict[str, Any], name: str, level: int) -> float:
+    return mean([layer[level] for layer in found[name]])
+
+
+def _spread(load: list[list[list[float | None]]]) -> float:
+    """Return the sd over the last axis over its mean, mean over layers and experts that have work."""
+    loads = np.asarray(load, dtype=float)
+    middle = np.nanmean(loads, -1)
+    return mean((np.nanstd(loads, -1) / np.where(middle > 0, middle, math.nan)).tolist())

@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any] | None, float, float, float]] = {
     "dense-large": ("Dense (larger)", "dense", None, 7.4, 1.0, 300),
 }
 NUM_CALLS, NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES, SIDE = 49, 2, 8, 10, 4
+DEPTH, NUM_LEVELS = 4, 10
 STEPS = range(25, 1001, 25)
 
 
@@ -70,6 +71,7 @@ def fake_record(row: str, seed: int, *, scale: str = "digits", spread: float = 0
                     "total_params": 3.3e5} | (_measured(row, capacity, own) if router else {}),
         threshold_sweep=_sweep(distance, activated) if row == "diffmoe" else [],
         examples=_examples(row, seed, capacity if router else None),
+        diagnosis=_diagnosis(router, capacity, _generator(f"{training} inside", seed)),
         environment={"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.14.1"}, "hardware": "2 CPU cores",
                      "threads": 1, "peak_memory_bytes": 1_100_000_000})
 
@@ -133,6 +135,35 @@ def _examples(row: str, seed: int, capacity: float | None) -> dict[str, Any]:
     noise = torch.from_numpy(_generator(f"{row} images", seed).integers(0, 40, (len(labels), 1, 8, 8)))
     load = None if capacity is None else torch.from_numpy(capacity + 0.3 * _ring()).expand(len(labels), -1)
     return examples((200 * discs + noise).to(torch.uint8), labels, load)
+
+
+def _diagnosis(router: dict[str, Any] | None, capacity: float, generator: np.random.Generator) -> dict[str, Any]:
+    """Return what rows of one training share, but for the capacity; experts of a batch pool prefer noise levels."""
+    levels = np.linspace(0.95, 0.05, NUM_LEVELS)
+    is_moe = [router is not None and block % 2 == 1 for block in range(DEPTH)]
+    parts = {"embedding": 1.5, "attention": 0.3, "adaln": 0.7, "ffn": 0.4, "final": 1.3}
+    parts |= {"experts": 0.03, "router": 0.08} if router else {}
+    has_threshold = router is not None and router["kind"] != TC
+    parts |= {"predictor": 0.3} if has_threshold and router["kind"] == EC else {}
+    size = np.where(is_moe, 0.3, 1.0)[:, None] * (1 + 0.1 * levels) * np.exp(0.1 * generator.normal(size=(DEPTH, 1)))
+    found = {"images": 128, "noise_levels": levels.round(4).tolist(),
+             "blocks": {"is_moe": is_moe, "rms": size.round(4).tolist(), "share": (size / 5).round(4).tolist()},
+             "gradients": parts, "weights": {part: 20 * norm for part, norm in parts.items()}}
+    if router is None:
+        return found
+    wave = np.cos(np.pi * levels) * np.linspace(-0.8, 0.8, NUM_EXPERTS)[:, None]
+    wave = wave * (router.get("pool") != "sample") * np.ones((NUM_LAYERS, 1, 1))
+    classes = np.exp(0.1 * generator.normal(size=(NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES)))
+    pair = 0.2 + 0.05 * generator.random((NUM_LAYERS, 1)) + 0.02 * levels
+    found |= {"gates": {"pair": pair.round(4).tolist(), "token": (pair * capacity).round(4).tolist()},
+              "capacity": np.full((NUM_LAYERS, NUM_LEVELS), capacity).tolist(),
+              "load_by_level": ((1 + wave) / NUM_EXPERTS).round(4).tolist(),
+              "load_by_class": (classes / NUM_EXPERTS).round(4).tolist()}
+    if not has_threshold:
+        return found
+    quality = 0.9 - 0.1 * generator.random((2, NUM_LAYERS, 1)) - 0.1 * levels
+    return found | {"passes": dict(zip(("precision", "recall"), quality.round(4).tolist(), strict=True)),
+                    "thresholds": (0.4 + 0.05 * generator.random((NUM_LAYERS, NUM_EXPERTS))).round(4).tolist()}
 
 
 def _sweep(distance: float, activated: float) -> list[dict[str, float]]:

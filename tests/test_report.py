@@ -329,11 +329,13 @@ def test_records_from_before_these_fields_still_make_a_report(tmp_path: Path) ->
         old = replace(record, activation=activation, threshold_sweep=sweep, environment={})
         path = write_record(tmp_path / "records", old)
         content = json.loads(path.read_text())
-        del content["examples"]
+        del content["examples"], content["diagnosis"]
         path.write_text(json.dumps(content))
     assert report.main([str(tmp_path)]) == 0
     assert report.check_report(tmp_path) == []
-    assert not (tmp_path / "figures/samples.png").exists() and not (tmp_path / "figures/computation.png").exists()
+    new = {"samples", "computation", "branches", "experts_by_noise_level", "experts_by_class", "thresholds"}
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == set(FIGURES) - new
+    assert not (tmp_path / "diagnosis.md").exists()
     assert "sweeps" not in (tmp_path / "cost.md").read_text().split("All 2 records")[1]
 
 
@@ -357,7 +359,7 @@ def test_equal_records_give_equal_bytes(results: Path, tmp_path: Path) -> None:
 def test_a_table_of_dense_rows_alone_has_the_figures_that_it_has_data_for(tmp_path: Path) -> None:
     names = {path.stem for path in write_figures(fake_records(["dense"], [0]), tmp_path)}
     distances = {f"distance_vs_{axis}" for axis in ("activated_params", "cost", "capacity")}
-    assert names == distances | {"training_loss", "samples"}
+    assert names == distances | {"training_loss", "samples", "branches"}
 
 
 def test_what_was_written_passes_the_check(results: Path) -> None:
@@ -365,7 +367,7 @@ def test_what_was_written_passes_the_check(results: Path) -> None:
     assert report.main([str(results), "--check"]) == 0
 
 
-@pytest.mark.parametrize("name", ["table.md", "table.csv", "verdicts.md", "cost.md",
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "verdicts.md", "cost.md", "diagnosis.md",
                                   *(f"figures/{figure}.csv" for figure in FIGURES)])
 def test_a_changed_digit_fails_the_check_by_name(name: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = results / name

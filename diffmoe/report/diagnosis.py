@@ -25,10 +25,11 @@ from diffmoe.report.style import SYSTEMS, draw_lines, name_figure, row_columns, 
 from diffmoe.report.table import group_rows
 
 PANELS = {"pair": "weight of a pair, MoE layers", "token": "sum of a token's weights, MoE layers",
-          "moe": "share of the stream, MoE blocks", "dense": "share of the stream, other blocks"}
+          "moe": "share of the stream, blocks with experts (Dense: the same)",
+          "dense": "share of the stream, other blocks"}
 """Panels of `branches`."""
 LOADS = {"noise_level": "load_by_level", "class": "load_by_class"}
-NAMES = {"noise_level": "noise level", "class": "class"}
+"""Of a figure's axis, the diagnosis's key."""
 
 
 def mean(values: Any) -> float:
@@ -105,17 +106,18 @@ def experts(records: Sequence[Record], of: str) -> Figure:
         for layer, axes in zip(layers, line, strict=True):
             part = data[(data.label == label) & (data.layer == layer)]
             table = part.pivot(index="expert", columns=of, values="load") / part.load.mean()
-            centre = (table * np.arange(table.shape[1])).sum(axis=1) / table.sum(axis=1)  # an idle expert has none
-            table = table.loc[centre.sort_values(kind="stable").index].sort_index(axis=1, ascending=of == "class")
+            if of == "noise_level":  # experts in the order of their mean level; an idle one has none
+                centre = (table * table.columns).sum(axis=1) / table.sum(axis=1)
+                table = table.loc[centre.sort_values(kind="stable").index, ::-1]
             sns.heatmap(table, ax=axes, norm=scale, cmap="vlag", cbar=False)
             bottom = label == labels[-1]
-            axes.set(xlabel=NAMES[of] if bottom else "", ylabel=label if layer == 1 else "", yticks=[])
+            axes.set(xlabel=of.replace("_", " ") if bottom else "", ylabel=label if layer == 1 else "", yticks=[])
             axes.set_title(f"MoE layer {layer}" if label == labels[0] else "", fontsize=9)
             axes.tick_params(labelsize=8, labelbottom=bottom, rotation=0)
     bar = figure.colorbar(ScalarMappable(scale, "vlag"), ax=grid, shrink=0.8, pad=0.02, extend="max")
     bar.set_label("tokens (1: the layer's mean)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    figure.suptitle(f"Who works on which {NAMES[of]}: experts, in the order of their mean, by the training rule\n"
+    figure.suptitle(f"Which expert takes which {of.replace('_', ' ')}: a line an expert, by the training rule\n"
                     f"{scale_note(records, metric=False, sampled=False)}, seed {data.seed.min()}", x=0.01, ha="left",
                     fontsize=11)
     return figure

@@ -14,7 +14,9 @@ from diffmoe.report.table import group_rows, mean_sd
 from diffmoe.report.table1 import format_table
 
 Value = Callable[[dict[str, Any]], float]
-COLUMNS: dict[str, tuple[Value, str]] = {
+Columns = dict[str, tuple[Value, str]]
+"""By its heading, a column's value of a diagnosis and what it says."""
+BRANCHES: Columns = {
     "pair weight": (lambda found: mean(found["gates"]["pair"]), "mean weight of a token-expert pair."),
     "token weight": (lambda found: mean(found["gates"]["token"]), "mean sum of a token's weights, which multiplies what"
                      " experts put out; a softmax over E experts starts near C / E."),
@@ -23,6 +25,8 @@ COLUMNS: dict[str, tuple[Value, str]] = {
     "MoE share": (lambda found: _of_blocks(found, "share", True), "RMS of what an MoE block adds behind adaLN's gate "
                   "over that of the residual stream."),
     "dense share": (lambda found: _of_blocks(found, "share", False), "the same of a dense block's feed-forward layer."),
+}
+CHOICES: Columns = {
     "C, noise": (lambda found: _at(found, "capacity", 0), "experts a token at inference, at the most noise."),
     "C, data": (lambda found: _at(found, "capacity", -1), "the same at the least noise."),
     "by level": (lambda found: _spread(found["load_by_level"]), "how much an expert's share of the tokens differs "
@@ -33,11 +37,10 @@ COLUMNS: dict[str, tuple[Value, str]] = {
                   " the share that the training rule takes."),
     "recall": (lambda found: mean(found["passes"]["recall"]), "of the pairs that the training rule takes, the share "
                "above the threshold."),
-    "base rate": (lambda found: mean(found["load_by_level"]) if "passes" in found else math.nan, "the share of all "
-                  "pairs that the training rule takes: the precision of chance."),
+    "base rate": (lambda found: round(mean(found["load_by_level"]), 4), "the share of all pairs that the "
+                  "training rule takes: the precision of chance."),
     "threshold": (lambda found: mean(found["thresholds"]), "mean threshold of experts and layers."),
 }
-"""By its heading, a column's value of a diagnosis and what it says."""
 PARTS = ("embedding", "attention", "adaln", "ffn", "experts", "router", "predictor", "final")
 
 
@@ -50,23 +53,27 @@ def diagnosis_markdown(records: Sequence[Record]) -> str:
     rows = [[record for record in same if record.diagnosis] for same in group_rows(records).values()]
     rows = [same for same in rows if same]
     first = rows[0][0].diagnosis
-    inside = [["system", *COLUMNS, "seeds"]]
-    inside += [[same[0].label, *(_cell(same, value) for value, _ in COLUMNS.values()), str(len(same))] for same in rows]
     parts = [part for part in PARTS if any(part in record.diagnosis["weights"] for same in rows for record in same)]
     norms = [["system", *parts]] + [[same[0].label, *(_norms(same, part) for part in parts)] for same in rows]
-    sentences = "\n".join(f"- {name}: {sentence}" for name, (_, sentence) in COLUMNS.items())
-    return f"""{format_table(inside)}
+    return f"""The averaged networks at scale {rows[0][0].scale}, looked into on {first["images"]} training images at \
+{len(first["noise_levels"])} noise levels.
+Means over layers and levels, ± sd over seeds.
 
-Scale {rows[0][0].scale}. The averaged networks on {first["images"]} training images at {len(first["noise_levels"])} \
-noise levels; means over layers and levels, ± sd over seeds.
-
-{sentences}
-
+{_table(rows, BRANCHES)}{_table(rows, CHOICES)}\
 Gradient's norm / weights' norm, by part, means over seeds: the gradient of the training loss of these images, with
 noise and times as training draws them, at the averaged weights.
 
 {format_table(norms)}
 """
+
+
+def _table(rows: Sequence[Sequence[Record]], columns: Columns) -> str:
+    """Return a table of the rows that have any of the columns, with a sentence a column below it; "" without one."""
+    cells = {same[0].label: [_cell(same, value) for value, _ in columns.values()] for same in rows}
+    lines = [[same[0].label, *cells[same[0].label], str(len(same))] for same in rows
+             if set(cells[same[0].label]) != {"-"}]
+    sentences = "\n".join(f"- {name}: {sentence}" for name, (_, sentence) in columns.items())
+    return f"{format_table([['system', *columns, 'seeds'], *lines])}\n\n{sentences}\n\n" if lines else ""
 
 
 def _cell(records: Sequence[Record], value: Value) -> str:

@@ -1,0 +1,104 @@
+"""Figures and page of what networks do inside: the numbers of the records, worked out here; nothing where none are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_records import NUM_CLASSES, NUM_EXPERTS, NUM_LAYERS, NUM_LEVELS, ROWS, fake_records
+
+from diffmoe.records import Record
+from diffmoe.report.diagnosis import branches_data, experts_data, thresholds_data
+from diffmoe.report.diagnosis_page import diagnosis_markdown
+from diffmoe.report.figures import FIGURES, figures_csv
+
+PICTURES = {"branches", "experts_by_noise_level", "experts_by_class", "thresholds"}
+
+
+def changed(records: list[Record], **values: Any) -> list[Record]:
+    return [replace(record, diagnosis=record.diagnosis | values) for record in records]
+
+
+def column(text: str, name: str) -> dict[str, str]:
+    """Return the cells below a heading by row, of whichever of the page's tables has it."""
+    for table in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:2] == "| "]
+        if lines and name in lines[0]:
+            return {line[0]: line[lines[0].index(name)] for line in lines[1:]}
+    raise AssertionError(f"no column {name}")
+
+
+def test_gates_and_shares_are_the_records_by_block_and_dense_rows_stand_beside_the_experts() -> None:
+    records = fake_records(["dense", "diffmoe"], [0, 1])
+    data = branches_data(records)
+    found = {(line.row, line.seed, line.panel, line.block): line.value for line in data.itertuples()}
+    for record in records:
+        inside = record.diagnosis
+        for block, share in enumerate(inside["blocks"]["share"], 1):
+            panel = "dense" if block % 2 else "moe"  # the second block of each pair has DiffMoE's experts
+            assert found.pop((record.row, record.seed, panel, block)) == pytest.approx(np.mean(share))
+        for panel, weights in inside.get("gates", {}).items():
+            for block, weight in zip((2, 4), weights, strict=True):
+                assert found.pop((record.row, record.seed, panel, block)) == pytest.approx(np.mean(weight))
+    assert not found
+    assert set(branches_data(fake_records(["dense"], [0])).panel) == {"dense"}
+
+
+@pytest.mark.parametrize(("of", "key", "places"), [("noise_level", "load_by_level", NUM_LEVELS),
+                                                   ("class", "load_by_class", NUM_CLASSES)])
+def test_the_load_of_a_training_is_drawn_once_of_its_first_seed(of: str, key: str, places: int) -> None:
+    records = fake_records(seeds=[1, 2])
+    data = experts_data(records, of)
+    assert list(dict.fromkeys(data.label)) == ["TC", "EC", "DiffMoE", "Expert Race"] and set(data.seed) == {1}
+    assert len(data) == 4 * NUM_LAYERS * NUM_EXPERTS * places
+    wanted = next(record for record in records if record.row == "diffmoe").diagnosis[key]
+    assert np.array_equal(data[data.label == "DiffMoE"].load, np.ravel(wanted))
+
+
+def test_thresholds_that_differ_are_told_apart_by_their_rows() -> None:
+    records = fake_records(["diffmoe", "diffmoe-predictor", "dense"], [0, 1])
+    data = thresholds_data(records)
+    assert set(data.label) == {"DiffMoE"} and len(data) == 2 * NUM_LEVELS
+    quality = records[1].diagnosis["passes"]
+    for name in ("precision", "recall"):
+        assert np.allclose(data[data.seed == 1][name], np.mean(quality[name], 0))
+    other = {name: (np.asarray(values) / 2).tolist() for name, values in quality.items()}
+    assert set(thresholds_data(records[:2] + changed(records[2:4], passes=other)).label) == {
+        "DiffMoE (dynamic)", "DiffMoE (per-token threshold)"}
+
+
+def test_a_cell_of_the_page_is_a_mean_over_layers_and_levels_with_its_sd_over_seeds() -> None:
+    first, second = fake_records(["diffmoe"], [0, 1])
+    gates = {"pair": [[0.1, 0.3], [0.2, 0.6]], "token": [[0.1, None], [0.2, 0.6]]}
+    load = [[[0.5, 1.5], [0.0, 0.0]], [[1.0, 1.0], [2.0, None]]]  # spreads 0.5, idle, 0 and 0
+    records = [*changed([first], gates=gates, load_by_level=load, capacity=[[1.5, 1.0], [0.5, 2.0]]),
+               *changed([second], gates={name: [[0.5]] for name in gates}, load_by_level=load, capacity=[[1.0, 1.5]])]
+    text = diagnosis_markdown([*records, *fake_records(["dense"], [0, 1])])
+    row = ROWS["diffmoe"][0]
+    assert column(text, "pair weight") == {row: "0.40 \u00b1 0.14", "Dense": "-"}  # 0.3 and 0.5
+    assert column(text, "token weight")[row] == "0.40 \u00b1 0.14"
+    assert column(text, "C, noise") == {row: "1"}  # Dense has none of these columns
+    assert column(text, "C, data")[row] == "1.5"
+    assert column(text, "by level")[row] == f"{0.5 / 3:.4g}"
+    assert column(text, "experts") == {row: "0.03 / 0.6", "Dense": "-"}
+
+
+def test_the_sides_of_dense_and_sparse_blocks_are_kept_apart() -> None:
+    blocks = {"is_moe": [False, True], "rms": [[1.0, 3.0], [10.0, 30.0]], "share": [[0.1], [0.4]]}
+    text = diagnosis_markdown(changed(fake_records(["tc"], [0]), blocks=blocks))
+    found = [column(text, name)["TC"] for name in ("MoE RMS", "dense RMS", "MoE share", "dense share", "precision")]
+    assert found == ["20", "2", "0.4", "0.1", "-"]
+
+
+def test_rows_without_a_diagnosis_are_left_out_of_all_of_it() -> None:
+    with_it, without = fake_records(["tc"], [0, 1]), fake_records(["diffmoe"], [0, 1])
+    records = with_it + [replace(record, diagnosis={}) for record in without]
+    assert "DiffMoE" not in diagnosis_markdown(records)
+    texts = figures_csv(records, {name: FIGURES[name] for name in PICTURES})
+    assert texts.keys() == PICTURES - {"thresholds"} and not any("diffmoe" in text for text in texts.values())
+    for name in texts:
+        FIGURES[name][1](records)
+    assert figures_csv([replace(record, diagnosis={}) for record in records],
+                       {name: FIGURES[name] for name in PICTURES}) == {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import logging
 import math
 import shutil
 import time
@@ -36,6 +37,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
 from diffmoe.training.run import Progress, Turn, train_run
 
+log = logging.getLogger(__name__)
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
 """Global thresholds of the paper's interval search that span a capacity from 0.7 to 2.3 there."""
 
@@ -280,7 +282,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     sweep = _sweep(cell, model, data, store, device, turn) if cell.row.threshold_sweep else []
     described = environment(device)  # first: steps that are not compiled hold another memory than the row's
     with turn():
-        diagnosis = diagnose(model, config, cell.seed, data)
+        diagnosis = _diagnosis(cell, model, data)
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
@@ -299,6 +301,16 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         environment=described)
     write_record(store.records, record)
     return record
+
+
+def _diagnosis(cell: Cell, model: DiT, data: TrainingData) -> dict[str, Any]:
+    """Return what `diagnose` does; nothing where its batch does not fit, rather than lose what was measured."""
+    try:
+        return diagnose(model, cell.row.config, cell.seed, data)
+    except torch.OutOfMemoryError:
+        log.warning("%s: a training batch does not fit uncompiled, so its record has no diagnosis; "
+                    "runtime.micro_batch_size makes it smaller", cell.name)
+        return {}
 
 
 def activation(config: RunConfig, samples: Samples) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Cells, records, and the commands built on them, at a size of seconds."""
 
 import json
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from conftest import one_line
 from test_metrics import random_images
 
-from diffmoe import reproduce, sample
+from diffmoe import cells, reproduce, sample
 from diffmoe.cells import (
     Cell,
     Store,
@@ -186,6 +187,17 @@ def test_a_record_says_what_its_network_does_inside_and_an_older_one_has_no_word
     del content["diagnosis"]
     (tmp_path / path.name).write_text(json.dumps(content))
     assert read_records(tmp_path) == [replace(records["dense"], diagnosis={})]
+
+
+def test_a_batch_that_does_not_fit_costs_the_diagnosis_and_not_the_record(rows, data, measured, monkeypatch, tmp_path):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cells, "diagnose", refuse)
+    store = Store(tmp_path)
+    shutil.copytree(measured[0].folder / "runs", tmp_path / "runs")
+    record = run_cell(Cell(rows["dense"], 0), "digits", data, store, CPU)
+    assert record.diagnosis == {} and record.metrics == measured[1]["dense"].metrics
 
 
 def test_one_process_of_a_folder_at_a_time_has_the_gpu(tmp_path, monkeypatch):

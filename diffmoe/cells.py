@@ -311,6 +311,8 @@ def _diagnosis(cell: Cell, model: DiT, data: TrainingData) -> dict[str, Any]:
         log.warning("%s: a training batch does not fit uncompiled, so its record has no diagnosis; "
                     "runtime.micro_batch_size makes it smaller", cell.name)
         return {}
+    finally:
+        torch.cuda.empty_cache()  # those who wait for the turn get the memory of steps that are not compiled
 
 
 def activation(config: RunConfig, samples: Samples) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Measured on one training batch, of which every image meets `NUM_LEVELS` noise levels, twice:
 
     inference rule   a call has one noise level, as in sampling: gates, branches, capacity
-    training rule    every pool has all levels, as in training: load, and what the threshold gets of it.
+    training rule    a call has all levels mixed, as in training: load, and what the threshold gets of it.
                      In pools of one level a fixed count would be the same at each, whatever the experts prefer.
 
 Numbers have four significant digits; None is a mean over nothing.
@@ -165,8 +165,9 @@ def _thresholds(seen: Seen, routers: list[Router]) -> dict[str, Any]:
         return {}
     hits, passed, taken = _by_level(seen, "hits"), _by_level(seen, "passed"), _by_level(seen, "pairs").sum(-1)
     found = {"passes": {"precision": _short((hits / passed).t()), "recall": _short((hits / taken).t())}}
-    thresholds = [getattr(router, "threshold", None) for router in routers]
-    return found if None in thresholds else {"thresholds": list(map(_short, thresholds))} | found
+    if all(hasattr(router, "threshold") for router in routers):
+        found["thresholds"] = [_short(router.threshold) for router in routers]
+    return found
 
 
 def _norms(trainer: Trainer, batch: Batch) -> dict[str, Any]:

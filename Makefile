@@ -2,13 +2,15 @@
 # make publish            promote your records to results/SCALE
 # make mlflow-ui          compare the published runs in MLflow
 # make check-results      does every table and figure follow from its records?
+# make soak MINUTES=10     break things for as long, print what was lost
 # make test | test-all | lint
 PYTHON ?= python3
 SCALE ?= digits
+MINUTES ?= 10
 ROWS ?= $(or $(wildcard baselines/$(SCALE)/*.yaml),baselines/table1.yaml)
 BIN = .venv/bin
 
-.PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all lint
+.PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all soak lint
 
 setup: .venv/installed
 
@@ -35,6 +37,7 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report results/cifar10/learning_rate --check
 	$(BIN)/python -m ablations.report results/digits/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check
+	$(BIN)/python tests/reliability.py results/reliability --check
 	$(BIN)/python -m diffmoe.report.readme --check
 
 test: setup
@@ -42,6 +45,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+soak: setup
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import threading
 
 import pytest
@@ -29,12 +28,13 @@ def save(folder, *steps, state=STATE):
     return kept
 
 
-def test_every_bit_and_every_missing_byte_is_noticed(tmp_path):
+@pytest.mark.fault("one flipped bit, or a missing end, of a checkpoint")
+def test_every_bit_and_every_missing_byte_is_noticed(tmp_path, rng, record_property):
     path = tmp_path / "weights.safetensors"
     save_weights(path, STATE, {"step": 3, "loss": 0.1})
     content = path.read_bytes()
     assert load_weights(path)[1] == {"step": 3, "loss": 0.1}
-    positions = random.Random(0).sample(range(8 * len(content)), 1500)
+    positions = rng.sample(range(8 * len(content)), 1500)
     damaged = [content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:]
                for bit in positions] + [content[:size] for size in range(0, len(content), 7)]
     for other in damaged:
@@ -42,6 +42,7 @@ def test_every_bit_and_every_missing_byte_is_noticed(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_weights(path)
         assert str(path) in one_line(caught.value)
+    record_property("survived", len(damaged))
 
 
 def test_weights_of_an_earlier_release_without_a_digest_are_read(tmp_path):

@@ -99,7 +99,8 @@ def soak(minutes: float, seed: int) -> Soak:
             print(f"round {rounds}, {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
             os.environ["FAULT_SEED"] = str(seed + rounds)
             code = pytest.main(["-q", "-p", "no:cacheprovider", f"--basetemp={folder}/round", "--rootdir",
-                                str(HERE.parent), "--timeout=1800", f"--hypothesis-seed={seed + rounds}", *files], plugins=[tally])
+                                str(HERE.parent), "--timeout=1800", f"--hypothesis-seed={seed + rounds}", *files],
+                               plugins=[tally])
             tally.slow, rounds = False, rounds + 1
     if code > pytest.ExitCode.TESTS_FAILED:
         raise ConfigError(f"pytest stopped with exit code {code}; see above")

@@ -9,6 +9,8 @@ SCALE ?= digits
 MINUTES ?= 10
 ROWS ?= $(or $(wildcard baselines/$(SCALE)/*.yaml),baselines/table1.yaml)
 BIN = .venv/bin
+# a process a core takes whole files; by their names, for those with few tests are the slow ones
+SHARED = -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all soak lint
 
@@ -41,10 +43,10 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report.readme --check
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q $(SHARED) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q $(SHARED)
 
 soak: setup
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)

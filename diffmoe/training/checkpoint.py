@@ -49,7 +49,8 @@ def write_whole(path: Path, write: Callable[[Path], object], *, replace: bool = 
     """
     for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
         if not _is_alive(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)
+            with suppress(OSError):
+                left.unlink()
     aside = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         write(aside)

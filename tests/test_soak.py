@@ -1,5 +1,6 @@
 """The soak counts what tests survive and what they lose, and its page follows from its record."""
 
+import os
 import time
 
 import pytest
@@ -7,8 +8,6 @@ from reliability import Fault, Soak, check_report, faults_table, read_soaks, wri
 from soak import Tally
 
 from diffmoe.records import write_record
-
-pytest_plugins = ["pytester"]
 
 TESTS = """
 import pytest
@@ -44,13 +43,14 @@ def test_no_fault(): assert False
 
 
 @pytest.fixture
-def tally(pytester, tmp_path):
-    """Return a tally of those tests, done once."""
+def tally(tmp_path):
+    """Return a function that tallies those tests."""
     def tallied(deadline=float("inf"), rounds=1):
-        path = pytester.makepyfile(TESTS)
+        (tmp_path / "test_these.py").write_text(TESTS)
         tally = Tally(deadline, str(tmp_path))
         for _ in range(rounds):
-            pytester.inline_run(path, f"--basetemp={tmp_path / 'round'}", plugins=[tally])
+            pytest.main(["-q", "--import-mode=importlib", "-c", os.devnull, "--rootdir", str(tmp_path),
+                         f"--basetemp={tmp_path / 'round'}", str(tmp_path)], plugins=[tally])
             tally.slow = False
         return tally
 

@@ -2,13 +2,17 @@
 # make publish            promote your records to results/SCALE
 # make mlflow-ui          compare the published runs in MLflow
 # make check-results      does every table and figure follow from its records?
+# make soak MINUTES=10     break things for as long, print what was lost
 # make test | test-all | lint
 PYTHON ?= python3
 SCALE ?= digits
+MINUTES ?= 10
 ROWS ?= $(or $(wildcard baselines/$(SCALE)/*.yaml),baselines/table1.yaml)
 BIN = .venv/bin
+# a process a core takes whole files; by their names, for those with few tests are the slow ones
+SHARED = -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all lint
+.PHONY: setup reproduce-table1 publish mlflow-ui check-results test test-all soak lint
 
 setup: .venv/installed
 
@@ -36,13 +40,17 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report results/cifar10/learning_rate --check
 	$(BIN)/python -m ablations.report results/digits/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check
+	$(BIN)/python tests/reliability.py results/reliability --check
 	$(BIN)/python -m diffmoe.report.readme --check
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q $(SHARED) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q $(SHARED)
+
+soak: setup
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -229,7 +229,7 @@ def check_report(folder: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
-    return report_command(arguments, "ablations.report", __doc__, write_report, check_report)
+    return report_command(arguments, "python -m ablations.report", __doc__, write_report, check_report)
 
 
 if __name__ == "__main__":

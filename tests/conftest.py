@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.moe.routing import Router
 
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tester's own; a test that tracks names its store
+pytest.register_assert_rewrite("processes")  # so that it says what differs
 torch.set_num_threads(1)  # one result on every machine; with more, small operators wait for one another
 
 needs_interpreter = pytest.mark.skipif(
@@ -125,6 +127,12 @@ def one_line(error: BaseException) -> str:
     message = str(error)
     assert message and "\n" not in message, repr(message)
     return message
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Return a test's own generator; the soak sets another seed each round."""
+    return random.Random(f"{os.environ.get('FAULT_SEED', '0')} {request.node.name}")
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def test_every_budget_of_a_row_is_a_cell_and_the_cheapest_come_first(rows, data,
     assert len({cell.record_id(data) for cell in missing}) == 12 and len({cell.training for cell in missing}) == 4
 
 
+@pytest.mark.fault("a record that is written again")
 def test_a_record_is_read_back_whole_and_never_changed(measured):
     store, records = measured
     read = {record.row: record for record in read_records(store.records)}

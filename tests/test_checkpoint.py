@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import threading
 
 import pytest
@@ -13,11 +12,13 @@ from safetensors.torch import save_file
 
 from diffmoe.config import ConfigError
 from diffmoe.training import checkpoint
-from diffmoe.training.checkpoint import Checkpoints, load_weights, save_weights
+from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, save_weights, write_whole
 from diffmoe.training.log import JsonLines, read_lines
 
 STATE = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(3), "c": torch.tensor([True]),
          "d": torch.ones(2, dtype=torch.bfloat16), "e": torch.zeros(0, 3)}
+NO_PROCESS = 2**22 + 1
+"""No process has this id: Linux ends at 2**22."""
 
 
 def save(folder, *steps, state=STATE):
@@ -27,12 +28,13 @@ def save(folder, *steps, state=STATE):
     return kept
 
 
-def test_every_bit_and_every_missing_byte_is_noticed(tmp_path):
+@pytest.mark.fault("one flipped bit, or a missing end, of a checkpoint")
+def test_every_bit_and_every_missing_byte_is_noticed(tmp_path, rng, record_property):
     path = tmp_path / "weights.safetensors"
     save_weights(path, STATE, {"step": 3, "loss": 0.1})
     content = path.read_bytes()
     assert load_weights(path)[1] == {"step": 3, "loss": 0.1}
-    positions = random.Random(0).sample(range(8 * len(content)), 1500)
+    positions = rng.sample(range(8 * len(content)), 1500)
     damaged = [content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:]
                for bit in positions] + [content[:size] for size in range(0, len(content), 7)]
     for other in damaged:
@@ -40,6 +42,7 @@ def test_every_bit_and_every_missing_byte_is_noticed(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_weights(path)
         assert str(path) in one_line(caught.value)
+    record_property("survived", len(damaged))
 
 
 def test_weights_of_an_earlier_release_without_a_digest_are_read(tmp_path):
@@ -80,6 +83,26 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_at_the_end_one_lin
         kept.save_now(STATE, {"step": 2})
     assert "No space left on device" in caplog.text and "going on with the one before" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000001.safetensors"]
+
+
+def test_what_dead_processes_left_half_written_is_removed_and_what_others_write_is_let_be(tmp_path):
+    path = tmp_path / "weights[1].safetensors"
+    dead, alive, other = (tmp_path / f"{name}.partial" for name in (
+        f"{path.name}.{NO_PROCESS}", f"{path.name}.{os.getppid()}", f"another.{NO_PROCESS}"))
+    for left in (dead, alive, other):
+        left.touch()
+    save_weights(path, STATE, {})
+    assert sorted(tmp_path.iterdir()) == sorted([path, alive, other])
+    with locked(tmp_path):  # all of this folder is ours then
+        assert sorted(tmp_path.iterdir()) == sorted([path, tmp_path / "lock"])
+
+
+def test_a_file_that_may_not_be_replaced_stays_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "record.json"
+    write_whole(path, lambda aside: aside.write_text("first"), replace=False)
+    with pytest.raises(FileExistsError):
+        write_whole(path, lambda aside: aside.write_text("second"), replace=False)
+    assert [(left.name, left.read_text()) for left in tmp_path.iterdir()] == [("record.json", "first")]
 
 
 def test_the_newest_two_are_kept_and_the_oldest_of_the_last_hour(tmp_path):

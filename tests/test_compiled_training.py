@@ -58,7 +58,7 @@ def test_compiled_gradients_on_a_gpu_are_those_of_plain_calls(system):
     assert_compiled_as_plain(system, "cuda", "model.depth=4", "training.precision=bf16")
 
 
-def test_compiling_blocks_never_lowers_what_a_program_allowed_to_compile(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 10_000)  # as the bench does for its many cases
-    compile_blocks(torch.nn.ModuleList())
-    assert torch._dynamo.config.recompile_limit == 10_000
+def test_compiling_blocks_never_lowers_what_a_program_allowed_to_compile():
+    with torch._dynamo.config.patch(recompile_limit=10_000):  # as the bench does for its many cases
+        compile_blocks(torch.nn.ModuleList())
+        assert torch._dynamo.config.recompile_limit == 10_000

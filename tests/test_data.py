@@ -111,6 +111,7 @@ def test_one_class_is_a_data_set(tmp_path):
     assert load(tmp_path, num_classes=1).labels.tolist() == [0]
 
 
+@pytest.mark.fault("16-bit, CMYK, palette, animated and other images")
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_every_kind_of_image_becomes_grey_or_rgb_as_documented(tmp_path, in_channels):
     rgb, grey = pixels(8, 8, 3), pixels(8, 8, seed=1)
@@ -199,6 +200,7 @@ def broken_images():
             "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"}
 
 
+@pytest.mark.fault("an image that is empty, cut off or none")
 @pytest.mark.parametrize("name", broken_images())
 def test_a_broken_image_is_one_line_that_names_the_file(folder, name):
     (folder / "bee" / name).write_bytes(broken_images()[name])
@@ -218,6 +220,7 @@ def test_an_image_that_cannot_be_opened_is_one_line(folder):
     assert str(folder / "bee" / "5.png") in message and "No such file" in message
 
 
+@pytest.mark.fault("an image {width} pixels wide and high")
 @pytest.mark.parametrize("width", [10_000, 30_000])
 @pytest.mark.filterwarnings("ignore")
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(folder, width):
@@ -228,6 +231,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(folder, wid
     assert str(bomb) in message and str(Image.MAX_IMAGE_PIXELS) in message
 
 
+@pytest.mark.fault("an image 30000 pixels wide and one high")
 def test_an_image_too_thin_to_scale_is_refused(folder):
     save(folder / "bee" / "line.png", pixels(1, 30_000))
     message = failure(folder, resize=True, input_size=256)

@@ -85,7 +85,7 @@ def test_interrupted_work_goes_on_and_a_broken_shard_is_made_again(tree, encoded
     (encoded / MANIFEST).unlink()
     (encoded / "shard-00001.json").unlink()                             # killed between shard and description
     (encoded / "shard-00002.npy").write_bytes(whole["shard-00002.npy"][:-8])
-    (encoded / "shard-00001.npy.77.partial").write_bytes(b"half")
+    (encoded / "shard-00001.npy.4194305.partial").write_bytes(b"half")  # more than a process id can be
     before = (encoded / "shard-00000.npy").stat().st_mtime_ns
     encode(tree, vae_folder, encoded)
     assert (encoded / "shard-00000.npy").stat().st_mtime_ns == before   # finished: not touched

@@ -27,6 +27,8 @@ from diffmoe.config import ConfigError, RunConfig, digest
 from diffmoe.tracking import live
 from diffmoe.tracking.live import Tracker, send_run
 from diffmoe.tracking.store import EXPERIMENT, open_store, public
+from diffmoe.training.checkpoint import Checkpoints
+from diffmoe.training.log import read_lines
 from diffmoe.training.run import LOG_FILE, Interrupted
 
 CONFIG = run_config()
@@ -137,6 +139,29 @@ def test_the_gradients_norm_of_a_clipped_run_is_no_loss():
     assert found == {"images": 400, "gradient_norm": 0.2, "loss.mse": 0.5, "loss.balance": 0, "loss.predictor": 0}
 
 
+@pytest.mark.fault("SIGTERM while MLflow follows")
+def test_a_signal_ends_the_run_in_mlflow_too(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def stop() -> None:
+        wait_until(lambda: read_lines(folder / LOG_FILE))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Interrupted):
+        train.main(["--out", str(folder), "--track", str(store), "training.batch_size=16",
+                    "training.num_images=16000000"])
+    thread.join()
+    client = client_of(store)
+    [run] = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id], "tags.kind = 'training'")
+    assert run.info.status == "KILLED"
+    last = Checkpoints(folder).newest()[1]["step"]
+    sent = [point.step for point in client.get_metric_history(run.info.run_id, "images")]
+    assert sent == [line["step"] for line in read_lines(folder / LOG_FILE)] and sent[-1] <= last
+
+
+@pytest.mark.fault("a tracked run that is stopped, and its log cut back")
 def test_a_resumed_run_goes_on_behind_the_last_line_sent(store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with (pytest.raises(Interrupted), Tracker(str(store), "digits", [CONFIG]) as tracker, follow(tracker, folder)):
@@ -214,6 +239,7 @@ def test_an_answer_that_was_lost_sends_nothing_twice(store: Path, tmp_path: Path
     assert steps_sent(store) == [25, 50, 75]
 
 
+@pytest.mark.fault("a locked SQLite store")
 def test_a_locked_store_is_asked_again(store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock = sqlite3.connect(store, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
@@ -228,6 +254,7 @@ def test_a_locked_store_is_asked_again(store: Path, tmp_path: Path, caplog: pyte
     assert [record.levelno for record in caplog.records if record.name == live.__name__] == [logging.WARNING]
 
 
+@pytest.mark.fault("MLflow server, connection {answer}; no password is told")
 @pytest.mark.parametrize("answer", ["refused", "silent"])
 def test_a_server_that_does_not_answer_is_one_line_and_soon_done(
         answer: str, silent_server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,  # noqa: F811
@@ -374,6 +401,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("MLflow server that dies for a while")
 def test_a_server_that_dies_for_a_while_has_every_line_afterwards(
         server: Any, port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uri = f"http://127.0.0.1:{port}"

@@ -29,7 +29,7 @@ from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer, micro_batch_size
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all that two processes do: 30 seconds of a core
-STEPS = 20
+STEPS = 10
 SMALL = ["model.hidden_size=16", "model.num_heads=2", "model.depth=2", "training.batch_size=8",
          "training.num_images=2400", "training.learning_rate=0.01", "training.clip_norm=0.05"]
 GLOBAL, FSDP, FP64 = "model.moe.pool_scope=global", "runtime.parallel=fsdp", "training.precision=fp64"

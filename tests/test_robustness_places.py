@@ -3,6 +3,7 @@
 import socket
 
 import numpy as np
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_cells import SMALL
@@ -24,6 +25,7 @@ def words(path):
         return path.read_bytes() + repr(image.info).encode()
 
 
+@pytest.mark.fault("a path, user or host in what a job leaves")
 def test_a_main_job_leaves_no_path_user_or_host(tmp_path, monkeypatch):
     home = tmp_path / USER
     data = home / "images"

@@ -134,7 +134,7 @@ def test_an_interrupted_run_to_a_budget_stops_there_too(tmp_path):
         train(tmp_path / "parts", config)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number):
     folder = tmp_path / "run"
     log = folder / "losses.jsonl"
@@ -232,6 +232,7 @@ def some_losses(config, world=ALONE):
     return [world.mean([trainer.train_step()["mse"]])[0].item() for _ in range(8)]
 
 
+@pytest.mark.slow  # test_parallel.py has it without torchrun
 def test_two_processes_equal_one_in_float64(tmp_path):
     configs = [digits_config(system, "training.precision=fp64") for system in ("dense", "expert_choice")]
     paths = [tmp_path / f"{index}.yaml" for index in range(len(configs))]

@@ -1,11 +1,14 @@
 """Cells in several processes: the same records, and nothing lost when they are stopped."""
 
 import dataclasses
+import multiprocessing
 import os
+import sys
 import time
 from functools import partial
 
 import pytest
+from processes import SERVER
 from test_cells import CPU, ROWS, SMALL
 
 from diffmoe.cells import Cell, Store, at_budgets, check_cells, load_rows, missing_cells, run_cell
@@ -29,6 +32,13 @@ def data(rows):
     return load_data(rows[0].config.data, rows[0].config.model)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Take processes from the server that has imported everything, in milliseconds."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: SERVER)
+
+
 def run(rows, data, folder, jobs, deadline=float("inf")):
     store = Store(folder)
     cells = missing_cells(rows, [0], data, store)
@@ -47,6 +57,7 @@ def results(records):
                   if name != "environment"] for key, record in records.items()}
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_write_the_records_of_one(rows, data, tmp_path):
     one, two = (run(rows, data, tmp_path / str(jobs), jobs) for jobs in (1, 2))
     assert results(one) == results(two)
@@ -54,6 +65,7 @@ def test_two_processes_write_the_records_of_one(rows, data, tmp_path):
         path.name for path in (tmp_path / "2" / "records").iterdir()}
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_deadline_stops_every_process_with_its_state_saved(rows, data, tmp_path):
     with pytest.raises(Interrupted):
         run(rows, data, tmp_path, 2, deadline=time.monotonic())
@@ -66,7 +78,10 @@ def own_gpu(cell, progress):
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, monkeypatch):
+@pytest.mark.parametrize("start", ["forked", pytest.param("spawned", marks=pytest.mark.slow)])
+def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, monkeypatch, request, start):
+    if start == "forked":
+        request.getfixturevalue("forked")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert visible_gpus() == ["5", "7"]
     cells = [Cell(rows[0], seed) for seed in range(4)]

@@ -15,6 +15,7 @@ from typing import Any
 from diffmoe.bench.cases import Case
 from diffmoe.bench.timing import spread
 from diffmoe.config import ConfigError
+from diffmoe.training.checkpoint import write_whole
 
 SCHEMA = 1
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
@@ -133,11 +134,10 @@ def write_bench(folder: Path, record: BenchRecord) -> Path:
         ConfigError: when the folder cannot be written.
     """
     path = folder / f"{record.id}.json"
-    aside = path.with_suffix(".partial")
+    text = json.dumps(dataclasses.asdict(record), indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
-        aside.replace(path)
+        write_whole(path, lambda aside: aside.write_text(text))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error})") from None
     return path

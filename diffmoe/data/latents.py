@@ -36,11 +36,10 @@ from diffmoe.config import ConfigError, require
 from diffmoe.data.folder import decode_image, find_classes
 from diffmoe.data.latent_data import LABELS, MANIFEST, Manifest, check_latents, read_manifest, sha256
 from diffmoe.models.vae import Vae, load_vae
+from diffmoe.training.checkpoint import write_whole
 
 File = tuple[Path, int]
 """An image and its label."""
-PARTIAL = ".partial"
-"""What the name of a file ends in while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +102,10 @@ class Encoder:
                 labels += [label for _, label in kept]
             progress(len(batch))
         path = self._path(number)
-        for stale in self.out.glob(f"{path.name}.*{PARTIAL}"):
-            stale.unlink(missing_ok=True)
         write_array(path, np.concatenate([np.empty((0, 1 + self.flips, 2, *self.shape), np.float32), *moments]))
-        write_text(path.with_suffix(".json"), json.dumps({
-            "plan": self._plan(files), "bytes": path.stat().st_size, "sha256": sha256(path), "labels": labels,
-            "skipped": skipped}))
+        known = {"plan": self._plan(files), "bytes": path.stat().st_size, "sha256": sha256(path), "labels": labels,
+                 "skipped": skipped}
+        write_whole(path.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(known)))
 
     def write_manifest(self, classes: dict[str, list[Path]]) -> Manifest | None:
         """Write the manifest if every shard is finished; processes that do so at a time write the same."""
@@ -125,7 +122,8 @@ class Encoder:
             shards=[{"file": self._path(number).name, "images": len(shard["labels"]), "sha256": shard["sha256"]}
                     for number, shard in enumerate(known) if shard["labels"]],
             skipped=[name for shard in known for name in shard["skipped"]])
-        write_text(self.out / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        text = json.dumps(asdict(manifest), indent=1)
+        write_whole(self.out / MANIFEST, lambda aside: aside.write_text(text))
         return manifest
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -161,22 +159,12 @@ class Encoder:
 
 
 def write_array(path: Path, content: np.ndarray) -> None:
-    """Write a .npy file aside and rename it."""
-    with _renamed(path).open("wb") as file:
-        np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    _renamed(path).replace(path)
+    """Write a .npy file, whole or not at all."""
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:  # for np.save adds a suffix to a name
+            np.save(file, content)
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it."""
-    _renamed(path).write_text(text)
-    _renamed(path).replace(path)
-
-
-def _renamed(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    write_whole(path, write)
 
 
 def my_share(text: str | None) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,6 +116,8 @@ class EfficientNetLite0(ImageFeatures):
         super().__init__(name, features_list)
         self.side = EFFICIENTNET[name]
         path = weights_file(name, feature_extractor_weights_path and Path(feature_extractor_weights_path))
+        import timm  # takes seconds
+
         self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         # The package names its tensors otherwise; order and shapes are timm's, but for the unused batch counters.
         names = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,6 +36,7 @@ from torch_fidelity.utils import (
 from diffmoe.config import ConfigError, require
 from diffmoe.data.images import ImageData, seeded_generator
 from diffmoe.evaluation.extractors import INCEPTION, weights_file
+from diffmoe.training.checkpoint import write_whole
 
 PREPROCESSING = 1
 """Part of the cache's names: raise it when an extractor treats its images in another way."""
@@ -200,9 +200,7 @@ def sampling_floor(reference: ImageData, num_samples: int, *, extractor: str, de
         return float(json.loads(kept.read_text()))
     floor = _distance(options)
     with contextlib.suppress(OSError):  # not kept
-        with tempfile.NamedTemporaryFile("w", dir=cache_root, delete=False) as aside:  # several processes may write it
-            json.dump(floor, aside)
-        Path(aside.name).replace(kept)
+        write_whole(kept, lambda aside: aside.write_text(json.dumps(floor)))
     return floor
 
 

@@ -8,10 +8,9 @@ Shapes: B samples, T tokens, H heads, K their width, D = H K.
 
 from __future__ import annotations
 
-import timm.layers
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
@@ -22,8 +21,14 @@ FUSED_TOKENS = (16, 32, 64, 128)
 FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
 
 
-class Attention(timm.layers.Attention):
-    """Multi-head self-attention, with timm's parameters."""
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
@@ -33,5 +38,4 @@ class Attention(timm.layers.Attention):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))
 
     def _is_fused(self, x_BTD: Tensor) -> bool:
-        return (kernels_apply(x_BTD) and x_BTD.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS
-                and self.qkv.bias is not None)
+        return kernels_apply(x_BTD) and x_BTD.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS

@@ -11,6 +11,7 @@ Counted on the meta device from the modules themselves, in seconds at any size. 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,14 @@ def flops_per_call(config: ModelConfig, capacity: float = 1.0) -> float:
     A multiply-add counts as two. Products and attention are counted; norms, activations and biases, as is usual,
     are not.
     """
+    without_experts, num_layers = _flops_without_experts(config)
+    expert = 4 * config.hidden_size * config.ffn_size  # on one token: two products of D x F
+    return without_experts + capacity * config.num_tokens * expert * num_layers
+
+
+@functools.cache  # a second at the paper's sizes
+def _flops_without_experts(config: ModelConfig) -> tuple[float, int]:
+    """Return the operations of a call on one image but for the routed experts', and the layers that have such."""
     batch = config.moe.num_experts if config.moe else 1  # so that every expert finds a token
     with torch.device("meta"):
         model = DiT(config).eval()
@@ -97,9 +106,7 @@ def flops_per_call(config: ModelConfig, capacity: float = 1.0) -> float:
         layer.experts = _NoExperts()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs, row_bound=1.0)
-    expert = 4 * config.hidden_size * config.ffn_size  # on one token: two products of D x F
-    routed = capacity * config.num_tokens * expert * len(model.moe_layers())
-    return counter.get_total_flops() / batch + routed
+    return counter.get_total_flops() / batch, len(model.moe_layers())
 
 
 class _NoExperts(torch.nn.Module):

@@ -14,8 +14,6 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from diffmoe.config import Backend, ModelConfig
@@ -23,9 +21,9 @@ from diffmoe.models.attention import Attention
 from diffmoe.models.layers import (
     FeedForward,
     FinalLayer,
+    PatchEmbed,
     Stream,
     TimestepEmbedder,
-    patchify,
     sincos_positions,
     split_modulation,
     unpatchify,
@@ -58,7 +56,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.attn = Attention(width, num_heads=config.num_heads, qkv_bias=True)
+        self.attn = Attention(width, config.num_heads)
         self.is_moe = config.is_moe_block(index)
         self.ffn = MoE(config) if self.is_moe else FeedForward(width, config.ffn_size)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -82,7 +80,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.patch_embed = PatchEmbed(config.input_size, config.patch_size, config.in_channels, width)
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, width)
         self.register_buffer("positions", sincos_positions(width, config.input_size // config.patch_size))
         self.time_embed = TimestepEmbedder(width)
         self.label_embed = nn.Embedding(config.num_classes + (config.null_label is not None), width)
@@ -98,9 +96,7 @@ class DiT(nn.Module):
             labels_B: int64 classes; `config.null_label` for none.
             row_bound: rows that a dynamic router may lay out, in units of S; None counts them on the host.
         """
-        projection = self.patch_embed.proj  # as a product: a convolution would leave tokens transposed in memory
-        patches = patchify(x_BCHW, self.config.patch_size)
-        x = F.linear(patches, projection.weight.flatten(1), projection.bias) + self.positions
+        x = self.patch_embed(x_BCHW) + self.positions
         condition = self.time_embed(t_B) + self.label_embed(labels_B)
         stream, routings = Stream(x), []
         for block in self.blocks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import timm.layers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -57,16 +56,32 @@ def split_modulation(values: Tensor, count: int) -> tuple[Tensor, ...]:
     return rearrange(values, "b (n d) -> n b d", n=count).contiguous().unbind()
 
 
-class FeedForward(timm.layers.Mlp):
-    """The feed-forward network gelu(x w1 + b1) w2 + b2 with GELU's tanh form, with timm's parameters."""
+class PatchEmbed(nn.Module):
+    """A linear map of each patch to a token; its weight has the shape of a convolution's, as published ones do."""
+
+    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to tokens (B, T, D)."""
+        patches = patchify(x_BCHW, self.patch_size)  # a convolution would leave tokens transposed in memory
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward network gelu(x w1 + b1) w2 + b2 with GELU's tanh form."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
         if not kernels_apply(x_BTD):
-            return super().forward(x_BTD)
+            return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
         hidden = F.linear(x_BTD, self.fc1.weight).flatten(0, 1)  # one expert of all rows
         end = torch.full((1,), len(hidden), dtype=torch.int32, device=x_BTD.device)
         hidden = grouped_bias(hidden, self.fc1.bias[None], end, gelu=True)

@@ -142,7 +142,7 @@ def _strays(folder: Path, files: dict[str, str]) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
-    return report_command(arguments, "diffmoe.report", __doc__, write_report, check_report)
+    return report_command(arguments, "python -m diffmoe.report", __doc__, write_report, check_report)
 
 
 if __name__ == "__main__":

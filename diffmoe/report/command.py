@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def report_command(arguments: list[str], module: str, about: str | None, write: Callable[[Path], list[Path]],
+def report_command(arguments: list[str], command: str, about: str | None, write: Callable[[Path], list[Path]],
                    check: Callable[[Path], list[str]]) -> int:
     """Run the command line of a report.
 
     Args:
-        module: its name, for the usage line.
+        command: what calls it, for the usage line.
         about: its docstring.
         write: makes the files of a folder and returns their paths.
         check: returns a line for each file of a folder that does not follow from the records.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about,
+    parser = argparse.ArgumentParser(prog=command, description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="records/*.json lie in it")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a file does not follow")

@@ -6,6 +6,7 @@ Nothing is pickled: a checkpoint is tensors and JSON, and reading one executes n
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -34,18 +35,31 @@ log = logging.getLogger(__name__)
 Description = dict[str, Any]
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Let `write` make a file aside, sync it and rename it to `path`: the file is there whole or not at all.
 
+    Several processes may do so at a time; what dead ones of this machine left aside is removed.
+
+    Args:
+        replace: a file that is at `path` already. Else it stays.
+
     Raises:
+        FileExistsError: when it stays.
         OSError: when it cannot be written; what was at `path` is still there.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
+        if not _is_alive(left.name.split(".")[-2]):
+            with suppress(OSError):
+                left.unlink()
+    aside = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         write(aside)
         with aside.open("rb") as written:
             os.fsync(written.fileno())
-        aside.replace(path)
+        if replace:
+            aside.replace(path)
+        else:
+            os.link(aside, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name, too, survives a power cut
@@ -56,6 +70,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -163,10 +187,10 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove the checkpoints and what killed processes left of others."""
+        """Remove the checkpoints."""
         if self.writer is not None:
             self.writer.join()
-        for path in (*self.paths(), *self.folder.glob("*" + PARTIAL)):
+        for path in self.paths():
             with suppress(OSError):
                 path.unlink()
 
@@ -210,7 +234,7 @@ def reason(error: OSError) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the lock of a process that died is gone with it.
+    """Hold a run's folder for this process; what a process that died left is removed, and its lock is gone with it.
 
     Raises:
         ConfigError: when another process holds it (named by its id), or the folder cannot be written.
@@ -231,4 +255,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+        for left in folder.glob("*" + PARTIAL):
+            with suppress(OSError):
+                left.unlink()
         yield

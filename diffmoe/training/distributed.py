@@ -123,7 +123,11 @@ def join_world(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda" and device.index is None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    # torchrun (2.14) keeps one store over its restarts, in which the dead processes' addresses still stand
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT, store=store, rank=rank,
+                            world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
         dist.barrier()  # gloo has been seen to abort a process that leaves while another is in the last call

@@ -23,6 +23,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tester's own; a test that tra
 pytest.register_assert_rewrite("processes")  # so that it says what differs
 torch.set_num_threads(1)  # one result on every machine; with more, small operators wait for one another
 
+
 needs_interpreter = pytest.mark.skipif(
     not HAS_TRITON or torch.__version__ < torch.torch_version.TorchVersion("2.14"),
     reason="needs Triton, and a torch that calls interpreted kernels (2.14 does, 2.11 does not)")
@@ -142,3 +143,12 @@ def unset_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave two figures of a report: drawing all of them takes seconds."""
+    from diffmoe.report.figures import FIGURES  # most tests need no seaborn
+
+    for name in FIGURES.keys() - {"distance_vs_cost", "capacity_by_call"}:
+        monkeypatch.delitem(FIGURES, name)

@@ -5,7 +5,9 @@ They are forked from a server that has imported everything, so that a start take
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -37,8 +39,15 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex()
 """Two processes meet by interface and address: a test machine's own name need not resolve."""
 Fault = Callable[[int, Path], None]
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["processes", "sklearn.datasets"])
+
+@functools.cache
+def server() -> multiprocessing.context.ForkServerContext:
+    """Start the server, once in a test process, and return the context whose processes it forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes", "sklearn.datasets"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # it has no other way to this file
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def tiny_config(*overrides: str) -> RunConfig:
@@ -53,10 +62,8 @@ def images(steps: int) -> str:
 def start(folder: Path, *overrides: str, fault: Fault | None = None, rank: int | None = None, port: int = 0,
           seed: int = 0, sample: bool = False, save_every_s: float = 0.0) -> BaseProcess:
     """Start training in `folder`, alone or as one of two; what it says goes to `<folder>.<rank>.err`."""
-    process = SERVER.Process(target=train, args=(folder, overrides, fault, rank, port, seed, sample,
-                                                   save_every_s))
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server has no other way to it
-        process.start()
+    process = server().Process(target=train, args=(folder, overrides, fault, rank, port, seed, sample, save_every_s))
+    process.start()
     return process
 
 

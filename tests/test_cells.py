@@ -245,7 +245,7 @@ def test_what_is_measured_on_demand_stands_beside_the_rest(rows, data, tmp_path)
     one_line(caught.value)
 
 
-def test_the_commands_run_go_on_publish_and_sample(tmp_path, monkeypatch, capsys):
+def test_the_commands_run_go_on_publish_and_sample(tmp_path, monkeypatch, capsys, few_figures):
     table = tmp_path / "rows.yaml"
     system = CONFIGS / "diffmoe.yaml"
     table.write_text(f"- {{row: diffmoe, label: DiffMoE, system: diffmoe, config: {system}}}\n")

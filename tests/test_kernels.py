@@ -19,7 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = pytest.mark.skipif(not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())),
                                reason="needs a CUDA device, or Triton's interpreter")
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=[pytest.mark.slow] if INTERPRETED else [])]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is no part of itself")
@@ -70,7 +71,7 @@ def test_bias_and_gelu_by_expert(ends, pads, width, gelu, dtype):
     grads = torch.autograd.grad(y, leaves, grad)
     wanted_grads = torch.autograd.grad(wanted, exact, grad.double().cpu().nan_to_num(0))
     assert y.dtype == dtype
-    assert_near([y, *grads], [wanted, *(value.nan_to_num(0) for value in wanted_grads)], DTYPES[dtype])
+    assert_near([y, *grads], [wanted, *(value.nan_to_num(0) for value in wanted_grads)], TOLERANCES[dtype])
     again = grouped_bias(*leaves, torch.tensor(ends, dtype=torch.int32, device=DEVICE), gelu)
     assert all(map(torch.equal, grads, torch.autograd.grad(again, leaves, grad)))
 
@@ -109,7 +110,7 @@ def test_rows_of_tokens_and_the_sum_of_their_pairs(tokens, num_experts, width, s
     wanted = measure([value.double().cpu() for value in values],
                      [grad.double().cpu().nan_to_num(0) for grad in grads], by_kernels=False)
     assert [value.dtype for value in found] == [dtype, torch.float32, dtype, dtype, torch.float32]
-    assert_near(found, wanted, DTYPES[dtype])
+    assert_near(found, wanted, TOLERANCES[dtype])
     assert all(map(torch.equal, found, measure(values, grads, by_kernels=True)))
 
 
@@ -133,8 +134,8 @@ def test_residual_sum_norm_and_modulation(shape, rounded, dtype):
     assert [value.dtype for value in outputs] == [torch.float32, h_dtype]
     exact = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
     wanted = Stream(*exact[:3]).modulated_norm(*exact[3:])
-    assert_near([*outputs, *torch.autograd.grad(outputs, leaves, grads)],
-                [*wanted, *torch.autograd.grad(wanted, exact, [grad.double().cpu() for grad in grads])], DTYPES[dtype])
+    wanted_grads = torch.autograd.grad(wanted, exact, [grad.double().cpu() for grad in grads])
+    assert_near([*outputs, *torch.autograd.grad(outputs, leaves, grads)], [*wanted, *wanted_grads], TOLERANCES[dtype])
 
 
 # ---------------------------------------------------------------- the whole model

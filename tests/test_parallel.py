@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router
-from processes import LOOPBACK, SERVER
+from processes import LOOPBACK, server
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -180,7 +180,7 @@ def resharded(folder: Path, world: World) -> dict[str, Tensor]:
 def folder_of_two(tmp_path_factory):
     """Let two processes do everything, once; return the folder of what they left."""
     folder = tmp_path_factory.mktemp("two")
-    processes = [SERVER.Process(target=cases, args=(rank, folder)) for rank in range(2)]
+    processes = [server().Process(target=cases, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -35,6 +35,11 @@ def test_the_materials_are_what_the_commands_take(tmp_path):
     make_vae(tmp_path / "vae", 8)
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
     assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 64 // FACTOR, 64 // FACTOR)
+
+
+@pytest.mark.slow
+def test_images_have_no_distance_to_their_own_reference(tmp_path):
+    make_images(tmp_path / "images", 20, 64)
     make_reference(tmp_path / "images", tmp_path / "reference.npz")
     make_inception(tmp_path / "inception.pth")
     reference = read_reference(tmp_path / "reference.npz")

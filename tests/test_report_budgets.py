@@ -80,7 +80,7 @@ def test_the_figures_data_are_the_records() -> None:
 
 
 def test_a_folder_of_budgets_has_a_report_each_and_keeps_nothing_of_budgets_that_are_gone(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], few_figures: None) -> None:
     records = mixed_records(("dense", "diffmoe"), (0,))
     whole = [record for record in records if record.training["images"] == WHOLE]
     for record in whole:

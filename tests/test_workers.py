@@ -3,12 +3,11 @@
 import dataclasses
 import multiprocessing
 import os
-import sys
 import time
 from functools import partial
 
 import pytest
-from processes import SERVER
+from processes import server
 from test_cells import CPU, ROWS, SMALL
 
 from diffmoe.cells import Cell, Store, at_budgets, check_cells, load_rows, missing_cells, run_cell
@@ -35,8 +34,8 @@ def data(rows):
 @pytest.fixture
 def forked(monkeypatch):
     """Take processes from the server that has imported everything, in milliseconds."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: SERVER)
+    context = server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def run(rows, data, folder, jobs, deadline=float("inf")):

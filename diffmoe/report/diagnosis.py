@@ -15,13 +15,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from diffmoe.records import Record
-from diffmoe.report.panels import MOST_SHARE
-from diffmoe.report.style import SYSTEMS, draw_lines, name_figure, row_columns, scale_note, set_theme
+from diffmoe.report.style import (
+    SYSTEMS,
+    draw_lines,
+    draw_load_bar,
+    draw_loads,
+    name_figure,
+    row_columns,
+    scale_note,
+    set_theme,
+)
 from diffmoe.report.table import group_rows
 
 PANELS = {"pair": "weight of a pair, MoE layers", "token": "sum of a token's weights, MoE layers",
@@ -101,7 +107,6 @@ def experts(records: Sequence[Record], of: str) -> Figure:
     height = 0.5 + min(0.11 * data.expert.nunique(), 3)
     figure, grid = plt.subplots(len(labels), len(layers), figsize=(9, 1.1 + height * len(labels)), squeeze=False,
                                 layout="constrained")
-    scale = TwoSlopeNorm(vmin=0, vcenter=1, vmax=MOST_SHARE)
     for label, line in zip(labels, grid, strict=True):
         for layer, axes in zip(layers, line, strict=True):
             part = data[(data.label == label) & (data.layer == layer)]
@@ -109,14 +114,12 @@ def experts(records: Sequence[Record], of: str) -> Figure:
             if of == "noise_level":  # experts in the order of their mean level; an idle one has none
                 centre = (table * table.columns).sum(axis=1) / table.sum(axis=1)
                 table = table.loc[centre.sort_values(kind="stable").index, ::-1]
-            sns.heatmap(table, ax=axes, norm=scale, cmap="vlag", cbar=False)
+            draw_loads(axes, table)
             bottom = label == labels[-1]
             axes.set(xlabel=of.replace("_", " ") if bottom else "", ylabel=label if layer == 1 else "", yticks=[])
             axes.set_title(f"MoE layer {layer}" if label == labels[0] else "", fontsize=9)
             axes.tick_params(labelsize=8, labelbottom=bottom, rotation=0)
-    bar = figure.colorbar(ScalarMappable(scale, "vlag"), ax=grid, shrink=0.8, pad=0.02, extend="max")
-    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    draw_load_bar(figure, grid)
     figure.suptitle(f"Which expert takes which {of.replace('_', ' ')}: a line an expert, by the training rule\n"
                     f"{scale_note(records, metric=False, sampled=False)}, seed {data.seed.min()}", x=0.01, ha="left",
                     fontsize=11)

@@ -13,12 +13,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from diffmoe.evaluation.grid import decode_examples
 from diffmoe.records import Record
-from diffmoe.report.style import row_columns, scale_note, set_theme
+from diffmoe.report.style import draw_load_bar, draw_loads, row_columns, scale_note, set_theme
 from diffmoe.report.table import group_rows
 
 MAPS = ("all calls", "first third", "middle third", "last third")
@@ -26,8 +26,6 @@ MAPS = ("all calls", "first third", "middle third", "last third")
 EXAMPLE = "example"
 EXAMPLES_DRAWN = 4
 """Images whose own computation is drawn, each of another class."""
-MOST_SHARE = 3
-"""Top of the colours of tokens per expert; a collapsed router's lone expert has E."""
 LABEL_WIDTH = 18
 """Letters of a row's label on one line."""
 
@@ -112,19 +110,16 @@ def tokens_per_expert(records: Sequence[Record]) -> Figure:
     set_theme()
     size = (9, 0.9 + lines * (0.75 + min(0.35 * layers, 3)))
     figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    scale = TwoSlopeNorm(vmin=0, vcenter=1, vmax=MOST_SHARE)  # an idle expert is as blue as a crowded one is red
     for index, (axes, label) in enumerate(zip(grid.flat, labels, strict=False)):
         table = data[data.label == label].pivot(index="layer", columns="expert", values="share")
-        sns.heatmap(table, ax=axes, norm=scale, cmap="vlag", cbar=False, linewidths=0.5, linecolor="0.8")
+        draw_loads(axes, table, linewidth=0.5, edgecolor="0.8")
         axes.set_title(label, fontsize=9)
         left, bottom = index % columns == 0, index // columns == lines - 1
         axes.set(xlabel="expert" if bottom else "", ylabel="MoE layer" if left else "")
         axes.tick_params(labelsize=8, labelbottom=bottom, labelleft=left)
     for axes in grid.flat[len(labels):]:
         axes.set_axis_off()
-    bar = figure.colorbar(grid.flat[0].collections[0], ax=grid, shrink=0.8, pad=0.02, extend="max")
-    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    draw_load_bar(figure, grid)
     _title(figure, "Tokens per expert at inference", f"{scale_note(records, metric=False)}, seed {data.seed.min()}")
     return figure
 

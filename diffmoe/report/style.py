@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -9,9 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -27,6 +31,9 @@ DASHES = ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SWEPT = "threshold swept"
 FLOOR = "floor: as many training images"
+LOAD_SCALE = TwoSlopeNorm(vmin=0, vcenter=1, vmax=3)
+"""Colours of tokens per expert: an idle one is as blue as a crowded one is red; a collapsed router's lone one has E."""
+MOST_TICKS = 8
 
 
 def row_columns(record: Record) -> dict[str, object]:
@@ -89,6 +96,28 @@ def draw_lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence
     dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
     sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,
                  lw=1.6)
+
+
+def draw_loads(axes: Axes, table: pd.DataFrame, **lines: object) -> None:
+    """Draw a table of relative loads as colours, its index down the axes; `lines`: of the cells' edges.
+
+    What `seaborn.heatmap` draws, which lays out the whole figure anew for each of its panels.
+    """
+    axes.pcolormesh(np.ma.masked_invalid(table.to_numpy(dtype=float)), norm=LOAD_SCALE, cmap="vlag", **lines)
+    axes.grid(False)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
+        step = math.ceil(len(names) / MOST_TICKS)
+        axis.set_ticks(np.arange(0, len(names), step) + 0.5, [str(name) for name in names[::step]])
+
+
+def draw_load_bar(figure: Figure, grid: np.ndarray) -> None:
+    """Draw the colour bar of the panels that `draw_loads` drew."""
+    bar = figure.colorbar(ScalarMappable(LOAD_SCALE, "vlag"), ax=grid, shrink=0.8, pad=0.02, extend="max",
+                          aspect=4 * figure.get_figheight())
+    bar.set_label("tokens (1: the layer's mean)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
 
 
 def floor_line(axes: Axes, records: Sequence[Record], *, named: bool = True) -> None:

@@ -118,6 +118,7 @@ MISTAKES = {
     "TC capacity above experts": (TC | {"model.moe.capacity": 5}, ("moe.capacity", "5", "num_experts=4")),
     "TC negative weight": (TC | {f"{ROUTER}.balance_loss_weight": -0.5}, ("balance_loss_weight", "-0.5")),
     "race capacity above experts": (RACE | {"model.moe.capacity": 5}, ("moe.capacity", "5", "num_experts=4")),
+    "race negative weight": (RACE | {f"{ROUTER}.similarity_loss_weight": -0.5}, ("similarity_loss_weight", "-0.5")),
     "race without a pair": (RACE | {"model.moe.capacity": 0.01}, ("moe.capacity", "0.01")),
 }
 

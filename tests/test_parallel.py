@@ -36,6 +36,7 @@ GLOBAL, FSDP, FP64 = "model.moe.pool_scope=global", "runtime.parallel=fsdp", "tr
 SPARSE = ("diffmoe", "token_choice", "expert_race", "expert_choice")
 # (system, overrides): all of it is trained by one process and by two
 CASES = {f"{system} in float64": (system, [FP64, GLOBAL]) for system in SPARSE} | {
+    "expert_race in float64": ("expert_race", [FP64, GLOBAL, "model.moe.router.similarity_loss_weight=0.1"]),
     "dense in float64": ("dense", [FP64]),
     "diffmoe, pools across processes": ("diffmoe", [FP64, GLOBAL, "training.batch_size=12",
                                                     "model.moe.router.pool_images=4"]),

@@ -4,28 +4,32 @@ from itertools import groupby
 from pathlib import Path
 
 from diffmoe.cells import load_rows
-from diffmoe.config import digest, load_config
+from diffmoe.config import digest
 from diffmoe.records import read_records
 from diffmoe.train import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "cifar10"
 SCALE = CONFIGS / "cifar10.yaml"
+STALL_STEP, STALL_LOSS = 250, 0.5
+"""A run has stalled when its diffusion loss at this step of 2,000 is above this; predicting nothing has more than 1."""
 REPEATED = 0.01
 """Relative difference of the distances of one configuration, seed and kind of GPU; README.md there states it."""
 
 
-def test_each_system_has_the_learning_rate_that_the_rule_chose_and_none_before_all_three_ran():
+def test_each_system_has_the_learning_rate_that_the_rule_chose():
     rule = load_rows(ROOT / "baselines" / "learning_rate.yaml", SCALE)
     main = load_rows(ROOT / "baselines" / "table1.yaml", SCALE)
-    found = {record.id.rpartition("-s")[0]: record.metrics["distance"]
-             for record in read_records(RESULTS / "learning_rate" / "records")}
+    found = {record.id.rpartition("-s")[0]: record for record in read_records(RESULTS / "learning_rate" / "records")}
+    runs = {(row.system, row.config.training.learning_rate): found.pop(f"{row.key}-{digest(row.config)}")
+            for row in rule}
+    assert not found and len(runs) == len(rule)
+    losses = {run: dict(record.training["losses"])[STALL_STEP]["mse"] for run, record in runs.items()}
+    stalled = {rate for (_, rate), loss in losses.items() if loss > STALL_LOSS}
     for system in {row.system for row in rule}:
-        distances = {row.config.training.learning_rate: found.get(f"{row.key}-{digest(row.config)}")
-                     for row in rule if row.system == system}
-        chosen = load_config([SCALE]).training.learning_rate
-        if None not in distances.values():
-            chosen = min(distances, key=distances.get)
+        distances = {rate: record.metrics["distance"] for (of, rate), record in runs.items()
+                     if of == system and rate not in stalled}
+        chosen = min(distances, key=distances.get)
         assert {row.config.training.learning_rate for row in main if row.system == system} == {chosen}, system
 
 

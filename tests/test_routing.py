@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     DYNAMIC_ROUTERS,
+    EXPERT_RACE,
     ROUTERS,
     TOKEN_CHOICE,
     network_inputs,
@@ -346,6 +347,31 @@ def test_the_balance_loss_and_its_gradient_have_their_closed_form(top_k):
     (gradient,) = torch.autograd.grad(routing.losses["balance"], router.gate.weight)
     d_logits = weight / S * p_SE * (f_E - (p_SE * f_E).sum(1, keepdim=True))
     torch.testing.assert_close(gradient.double(), d_logits.T @ x_SD, atol=1e-7, rtol=1e-5)
+
+
+def test_the_router_similarity_of_a_uniform_router_is_its_weight():
+    router = random_router({"kind": EXPERT_RACE, "similarity_loss_weight": 0.3}).train()
+    torch.nn.init.zeros_(router.gate.weight)
+    assert router(tokens()).losses["similarity"].item() == pytest.approx(0.3, rel=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [0.02, 1.0, 2.0])  # the first: one pair, so that no token has two experts
+def test_the_router_similarity_and_its_gradient_are_those_of_loops_over_pairs_of_experts(capacity):
+    router = random_router({"kind": EXPERT_RACE, "similarity_loss_weight": 0.3}, capacity=capacity).train()
+    x = tokens()
+    routing = router(x)
+    taken = routing.mask(S, E).tolist()
+    weight = router.gate.weight.detach().double().requires_grad_()
+    p_SE = (x.flatten(0, 1).double() @ weight.T).softmax(-1)
+    both = [[sum(row[i] and row[j] for row in taken) for j in range(E)] for i in range(E)]
+    alone = sum(both[i][i] for i in range(E))
+    shared = sum(map(sum, both)) - alone
+    wanted = sum(both[i][j] * (E / alone if i == j else (E * E - E) / max(shared, 1)) * (p_SE[:, i] * p_SE[:, j]).mean()
+                 for i in range(E) for j in range(E))
+    assert (shared == 0) == (capacity < 1)
+    assert routing.losses["similarity"].item() == pytest.approx(0.3 * wanted.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(routing.losses["similarity"], router.gate.weight)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(0.3 * wanted, weight)[0], atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     Args:
         scale: name of the scale, for the record.
         deadline: value of `time.monotonic()` at which training saves itself and stops.
-        turn: held while the network trains, samples or is looked into, as `gpu_turn` does; the rest may overlap with
-            other cells' work.
+        turn: taken once, as `gpu_turn` does, and held while the network trains, samples and is looked into; compiling
+            and measuring may overlap with other cells' work.
         progress: told of training as it goes.
 
     Raises:
@@ -266,12 +266,18 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     folder = store.run_folder(cell, data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=turn, progress=progress)
-    model = calibrate_thresholds(run.load_average(config, device), config, cell.seed, data)
-    with turn():
+    with ExitStack() as held:
+        # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
+        take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
+        run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=take_turn, progress=progress)
+        model = calibrate_thresholds(run.load_average(config, device), config, cell.seed, data)
+        take_turn()
         started = time.perf_counter()
         samples = sample_images(model, config, range(config.evaluation.num_samples))
         sampling_s = time.perf_counter() - started
+        described = environment(device)  # first: steps that are not compiled hold another memory than the row's
+        diagnosis = _diagnosis(cell, model, data)
+        sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
     grids = store.folder / "samples"
     grids.mkdir(exist_ok=True)
     budget = f"-at-{config.images_seen}" if config.training.budgets else ""
@@ -279,10 +285,6 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     started = time.perf_counter()
     metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
-    sweep = _sweep(cell, model, data, store, device, turn) if cell.row.threshold_sweep else []
-    described = environment(device)  # first: steps that are not compiled hold another memory than the row's
-    with turn():
-        diagnosis = _diagnosis(cell, model, data)
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
@@ -401,14 +403,13 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
     return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
-def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device,
-           turn: Turn) -> list[dict[str, float]]:
+def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:
+    """Return a point a threshold; the model keeps the last."""
     points = []
     for threshold in SWEEP_THRESHOLDS:
         config = _with_threshold(cell.row.config, threshold)
-        with turn():
-            started = time.perf_counter()
-            samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
+        started = time.perf_counter()
+        samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
         found = activation(config, samples)
         distance = measure_distance(samples, config, data, store.cache, device)
         points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,

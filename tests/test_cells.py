@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,14 +100,14 @@ def test_a_row_varies_one_setting_and_has_settings_of_one_scale(tmp_path):
   system: dense
   config: {CONFIGS / "diffmoe.yaml"}
   set: {{training.learning_rate: 1.0e-3}}
-  at: {{cifar10: {{training.learning_rate: 2.0e-3}}}}
+  at: {{cifar10: {{training.learning_rate: 3.0e-3}}}}
 - {{row: moe, label: MoE, system: diffmoe, config: {CONFIGS / "diffmoe.yaml"}, vary: {{model.moe.capacity: [0.5, 1]}}}}
 """)
     digits, cifar = (load_rows(table, CONFIGS / f"{scale}.yaml") for scale in ("digits", "cifar10"))
     assert [row.key for row in digits] == ["dense", "moe-0.5", "moe-1"]
     assert [row.label for row in digits] == ["Dense", "MoE, 0.5", "MoE, 1"]
     assert [row.config.model.moe.capacity for row in digits] == [1, 0.5, 1]
-    assert [row.config.training.learning_rate for row in (digits[0], cifar[0], cifar[1])] == [1e-3, 2e-3, 5e-4]
+    assert [row.config.training.learning_rate for row in (digits[0], cifar[0], cifar[1])] == [1e-3, 3e-3, 2e-3]
 
 
 def test_sizes_and_variants_stand_beside_the_main_table_and_share_its_trainings():
@@ -199,6 +200,32 @@ def test_a_batch_that_does_not_fit_costs_the_diagnosis_and_not_the_record(rows, 
     shutil.copytree(measured[0].folder / "runs", tmp_path / "runs")
     record = run_cell(Cell(rows["dense"], 0), "digits", data, store, CPU)
     assert record.diagnosis == {} and record.metrics == measured[1]["dense"].metrics
+
+
+def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measured, monkeypatch, tmp_path):
+    taken, open_turns = [], []
+
+    @contextmanager
+    def turn():
+        taken.append(True)
+        open_turns.append(True)
+        yield
+        open_turns.pop()
+
+    def measure(*arguments, **options):
+        assert not open_turns
+        return measured[1]["ec-dynamic"].metrics
+
+    monkeypatch.setattr(cells, "SWEEP_THRESHOLDS", (0.0,))
+    monkeypatch.setattr(cells, "measure_samples", measure)
+    for path, turns in ((tmp_path / "trained", 1), (tmp_path / "anew", 2)):
+        store = Store(path)
+        if turns == 1:
+            shutil.copytree(measured[0].folder / "runs", path / "runs")
+        swept = replace(rows["ec-dynamic"], threshold_sweep=True)
+        record = run_cell(Cell(swept, 0), "digits", data, store, CPU, turn=turn)
+        assert record.threshold_sweep[0]["capacity"] == swept.config.model.moe.num_experts and len(taken) == turns
+        assert record.diagnosis == measured[1]["ec-dynamic"].diagnosis
 
 
 def test_one_process_of_a_folder_at_a_time_has_the_gpu(tmp_path, monkeypatch):

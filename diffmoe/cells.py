@@ -31,7 +31,7 @@ from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure, sampling_floor
-from diffmoe.evaluation.sampling import Samples, sample_images
+from diffmoe.evaluation.sampling import Samples, compile_ahead, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
@@ -149,6 +149,10 @@ def load_rows(path: Path, scale: Path, overrides: Sequence[str] = ()) -> list[Ro
             config = load_config(files, [*_assignments(changes | varied), *overrides])
             rows.append(Row(key="-".join([entry["row"], *suffix]), label=", ".join([entry["label"], *suffix]),
                             system=entry["system"], config=config, threshold_sweep=entry.get("threshold_sweep", False)))
+            router = config.model.moe and config.model.moe.router
+            follows = getattr(router, "inference", None) == "dynamic" and router.global_threshold is None
+            require(follows or not rows[-1].threshold_sweep, f"{path}: threshold_sweep", rows[-1].key,
+                    "sweep a row whose router decides by its own thresholds")
     return rows
 
 
@@ -266,6 +270,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     folder = store.run_folder(cell, data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    compile_ahead(config, device)
     with ExitStack() as held:
         # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
@@ -405,20 +410,14 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
 
 def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:
     """Return a point a threshold; the model keeps the last."""
-    points = []
+    config, points = cell.row.config, []
     for threshold in SWEEP_THRESHOLDS:
-        config = _with_threshold(cell.row.config, threshold)
+        for layer in model.moe_layers().values():
+            layer.router.threshold.fill_(threshold)  # `global_threshold` is a constant, compiled anew for each value
         started = time.perf_counter()
-        samples = sample_images(model.set_inference(config.model), config, range(config.evaluation.num_samples))
+        samples = sample_images(model, config, range(config.evaluation.num_samples))
         found = activation(config, samples)
         distance = measure_distance(samples, config, data, store.cache, device)
         points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
                        "activated_params": found["activated_params"], "seconds": time.perf_counter() - started})
     return points
-
-
-def _with_threshold(config: RunConfig, threshold: float) -> RunConfig:
-    """Return the configuration at another threshold, with nothing measured that a sweep does not keep."""
-    router = replace(config.model.moe.router, global_threshold=threshold)
-    return replace(config, model=replace(config.model, moe=replace(config.model.moe, router=router)),
-                   evaluation=replace(config.evaluation, second_extractor=None, memorisation=False))

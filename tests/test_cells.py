@@ -110,6 +110,17 @@ def test_a_row_varies_one_setting_and_has_settings_of_one_scale(tmp_path):
     assert [row.config.training.learning_rate for row in (digits[0], cifar[0], cifar[1])] == [1e-3, 3e-3, 2e-3]
 
 
+@pytest.mark.parametrize(("system", "changes"), [
+    ("dense", "{}"), ("expert_race", "{}"), ("diffmoe", "{model.moe.router.inference: static}"),
+    ("diffmoe", "{model.moe.router.global_threshold: 0.5}")])
+def test_a_row_without_thresholds_of_its_own_cannot_be_swept(tmp_path, system, changes):
+    table = tmp_path / "rows.yaml"
+    config = CONFIGS / "diffmoe.yaml" if system == "diffmoe" else ROWS.parent / "configs" / f"{system}.yaml"
+    table.write_text(f"- {{row: r, label: R, system: s, config: {config}, set: {changes}, threshold_sweep: true}}")
+    with pytest.raises(ConfigError, match="threshold_sweep.*own thresholds"):
+        load_rows(table, CONFIGS / "digits.yaml")
+
+
 def test_sizes_and_variants_stand_beside_the_main_table_and_share_its_trainings():
     tables = {name: load_rows(ROWS.with_name(f"{name}.yaml"), CONFIGS / "cifar10.yaml")
               for name in ("table1", "sizes", "variants")}

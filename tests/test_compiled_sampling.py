@@ -4,28 +4,35 @@ import pytest
 import torch
 from conftest import randomise, set_threshold
 from test_training import digits_config
+from torch._dynamo.utils import counters
 
 from diffmoe.evaluation import sampling
 from diffmoe.models.dit import build_model
 
 
-@pytest.mark.parametrize("system", [
-    "diffmoe", *(pytest.param(system, marks=pytest.mark.slow) for system in ("dense", "token_choice"))])
-def test_compiled_sampling_gives_the_same_images_and_capacity(system, monkeypatch):
-    compile_module, compiled_blocks = torch.nn.Module.compile, []
+@pytest.fixture
+def compiled_blocks(monkeypatch):
+    """Compile without inductor, and list the blocks that were."""
+    compile_module, blocks = torch.nn.Module.compile, []
 
     def compile_without_inductor(block, *, dynamic):
-        compiled_blocks.append(block)
+        blocks.append(block)
         compile_module(block, backend="aot_eager", dynamic=dynamic, fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
+    torch._dynamo.reset()
+    return blocks
+
+
+@pytest.mark.parametrize("system", [
+    "diffmoe", *(pytest.param(system, marks=pytest.mark.slow) for system in ("dense", "token_choice"))])
+def test_compiled_sampling_gives_the_same_images_and_capacity(system, compiled_blocks, monkeypatch):
     monkeypatch.setattr(sampling, "FIRST_ROW_BOUND", 1.0)  # the first batch overflows
     config = [digits_config(system, "sampling.num_steps=2", "sampling.batch_size=3", "training.precision=bf16",
                             f"runtime.compile={flag}") for flag in ("false", "true")]
     model = randomise(build_model(config[0].model)).eval()
     for layer in model.moe_layers().values():
         set_threshold(layer.router)
-    torch._dynamo.reset()
     plain, compiled = (sampling.sample_images(model, each, range(8)) for each in config)
     assert set(compiled_blocks) == set(model.blocks)
     assert (plain.images.int() - compiled.images.int()).abs().max() <= 1
@@ -35,3 +42,21 @@ def test_compiled_sampling_gives_the_same_images_and_capacity(system, monkeypatc
     compiled_blocks.clear()
     sampling.sample_images(model, config[1], range(4))
     assert not compiled_blocks, "less than two full batches are not worth compiling"
+
+
+@pytest.mark.usefixtures("compiled_blocks")
+def test_networks_with_any_thresholds_share_what_is_compiled_ahead():
+    config = digits_config("diffmoe", "sampling.num_steps=2", "sampling.batch_size=3",
+                           "training.precision=bf16", "runtime.compile=true")
+    before = counters["stats"]["unique_graphs"]
+    sampling.compile_ahead(config, torch.device("cpu"))
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > before
+    model = randomise(build_model(config.model)).eval()
+    capacities = []
+    for threshold in (0.8, 0.85):  # few pairs: more rows than FIRST_ROW_BOUND would be compiled anew
+        for layer in model.moe_layers().values():
+            layer.router.threshold.fill_(threshold)
+        capacities.append(sampling.sample_images(model, config, range(6)).capacity.mean())
+    assert capacities[0] > capacities[1]
+    assert counters["stats"]["unique_graphs"] == compiled

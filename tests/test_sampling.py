@@ -79,16 +79,15 @@ def test_a_record_holds_the_load_by_position_in_all_calls_and_in_thirds():
     assert len(activation(config, one_call)["load_by_third"]) == 1
 
 
-def test_a_models_inference_options_move_without_loading_it_again():
+def test_a_global_threshold_is_the_threshold_of_every_expert():
     config = diffmoe_config("sampling.num_steps=2")
-    swept = noisy(config)
-    for overrides in (["model.moe.router.global_threshold=0.3"], ["model.moe.router.global_threshold=0.6"],
-                      ["model.moe.router.inference=static"]):
-        other = diffmoe_config("sampling.num_steps=2", *overrides)
-        moved, fresh = (sample_images(model, other, range(3))
-                        for model in (swept.set_inference(other.model), noisy(other)))
-        assert torch.equal(moved.images, fresh.images)
-        assert torch.equal(moved.capacity, fresh.capacity)
+    filled = noisy(config)
+    for layer in filled.moe_layers().values():
+        layer.router.threshold.fill_(0.3)
+    other = diffmoe_config("sampling.num_steps=2", "model.moe.router.global_threshold=0.3")
+    ours, wanted = sample_images(filled, config, range(3)), sample_images(noisy(other), other, range(3))
+    assert torch.equal(ours.images, wanted.images) and torch.equal(ours.capacity, wanted.capacity)
+    assert not torch.equal(wanted.capacity, sample_images(noisy(config), config, range(3)).capacity)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

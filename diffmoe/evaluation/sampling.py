@@ -16,7 +16,7 @@ from diffmoe.config import RunConfig, Sampler
 from diffmoe.data.images import seeded_generator
 from diffmoe.data.latent_data import load_decoder
 from diffmoe.diffusion import build_process, guided
-from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.moe.routing import Routing
 from diffmoe.training.graph import Graphed, compile_blocks
 from diffmoe.training.precision import autocast, tf32
@@ -104,7 +104,7 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
     parts, capacity, expert_load, position_load, token_load = [], [], [], [], []
     size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
-    compiled = config.runtime.compiles(model.positions.device.type) and len(seeds) >= 2 * size  # where it pays
+    compiled = _compiles(config, model.positions.device, len(seeds))
     network = prepare_call(model, config, row_bound, compiled=compiled)
     next_noise = StartNoise(config, seeds[:size])
     for start in range(0, len(seeds), size):
@@ -127,6 +127,24 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
         return Samples(torch.cat(parts), labels, None, None, None, None)
     return Samples(torch.cat(parts), labels, torch.cat(capacity, 1), sum(expert_load) / len(seeds),
                    sum(position_load) / len(seeds), torch.cat(token_load))
+
+
+@torch.no_grad()
+def compile_ahead(config: RunConfig, device: torch.device) -> None:
+    """Compile what `sample_images` will call for the run's samples, on a network that knows nothing yet.
+
+    Networks of a shape share what is compiled. So it can be done while another process has the GPU.
+    """
+    if _compiles(config, device, config.evaluation.num_samples):
+        model, size = build_model(config.model).to(device).eval(), config.sampling.batch_size
+        call = prepare_call(model.set_backend(config.runtime.backend), config, FIRST_ROW_BOUND, compiled=True)
+        noise = StartNoise(config, range(size)).images.to(device)
+        call(noise, noise.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
+
+
+def _compiles(config: RunConfig, device: torch.device, num_samples: int) -> bool:
+    """Say whether full batches are compiled: where it pays."""
+    return config.runtime.compiles(device.type) and num_samples >= 2 * config.sampling.batch_size
 
 
 class StartNoise:

@@ -117,13 +117,6 @@ class DiT(nn.Module):
             layer.experts.backend = backend
         return self
 
-    def set_inference(self, config: ModelConfig) -> DiT:
-        """Take the routers' inference options from a configuration of the same training; returns self."""
-        self.config = config
-        for layer in self.moe_layers().values():
-            layer.router.options = config.moe.router
-        return self
-
     def update_routers(self, observed: list[Tensor], num_updates: int) -> None:
         """Move the routers' buffers once, after an optimiser step.
 

@@ -275,8 +275,9 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
         run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=take_turn, progress=progress)
-        model = calibrate_thresholds(run.load_average(config, device), config, cell.seed, data)
+        average = run.load_average(config, device)
         take_turn()
+        model = calibrate_thresholds(average, config, cell.seed, data)
         started = time.perf_counter()
         samples = sample_images(model, config, range(config.evaluation.num_samples))
         sampling_s = time.perf_counter() - started

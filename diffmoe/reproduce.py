@@ -161,16 +161,18 @@ def brief_table(records: list[Record]) -> str:
 
 
 def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:
-    """Say how long groups of cells take by the times of the published records of their rows."""
-    seconds: dict[str, list[tuple[float, float]]] = {}
+    """Say how long groups of cells take by the times of the published records of their rows at their budgets."""
+    training: dict[tuple[str, int], list[float]] = {}
+    measuring: dict[tuple[str, int], list[float]] = {}
     for record in read_records(published / "records"):
-        measured = record.sampling["seconds"] + record.evaluation["seconds"]
-        times = record.training["seconds"], measured * (1 + len(record.threshold_sweep))
-        seconds.setdefault(record.row, []).append(times)
-    if not all(cell.row.key in seconds for group in groups for cell in group):
+        key = record.row, record.training["images"]
+        training.setdefault(key, []).append(record.training["seconds"])
+        seconds = record.sampling["seconds"] + record.evaluation["seconds"]
+        measuring.setdefault(key, []).append(seconds * (1 + len(record.threshold_sweep)))
+    keys = [[(cell.row.key, cell.row.config.images_seen) for cell in group] for group in groups]
+    if not all(key in training for group in keys for key in group):
         return "no published record to estimate the time from"
-    total = sum(mean(training for training, _ in seconds[group[0].row.key])
-                + sum(mean(rest for _, rest in seconds[cell.row.key]) for cell in group) for group in groups)
+    total = sum(max(mean(training[key]) for key in group) + sum(mean(measuring[key]) for key in group) for group in keys)
     return f"about {total / jobs / 60:.0f} min where the published records were made"
 
 

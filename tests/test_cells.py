@@ -145,6 +145,20 @@ def test_every_budget_of_a_row_is_a_cell_and_the_cheapest_come_first(rows, data,
     assert len({cell.record_id(data) for cell in missing}) == 12 and len({cell.training for cell in missing}) == 4
 
 
+def test_the_time_of_what_is_missing_is_that_of_records_of_its_own_budget(rows, measured, tmp_path):
+    _, records = measured
+    for images, minutes in ((32, 1), (64, 3)):  # of one run: the second time holds the first
+        write_record(tmp_path / "records", replace(
+            records["dense"], id=f"dense-{images}", training=records["dense"].training | {
+                "images": images, "seconds": 60 * minutes},
+            sampling={"num_samples": 40, "seconds": 50}, evaluation=records["dense"].evaluation | {"seconds": 10}))
+    config = replace(rows["dense"].config, training=replace(rows["dense"].config.training, budgets=(32,)))
+    short, whole = (Cell(row, 0) for row in at_budgets([replace(rows["dense"], config=config)]))
+    for group, minutes in (([short], 2), ([short, whole], 5), ([whole], 4)):
+        assert f"about {minutes} min" in reproduce.estimate([group], 1, tmp_path)
+    assert "no published record" in reproduce.estimate([[Cell(rows["tc"], 0)]], 1, tmp_path)
+
+
 @pytest.mark.fault("a record that is written again")
 def test_a_record_is_read_back_whole_and_never_changed(measured):
     store, records = measured

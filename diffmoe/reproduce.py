@@ -172,7 +172,8 @@ def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:
     keys = [[(cell.row.key, cell.row.config.images_seen) for cell in group] for group in groups]
     if not all(key in training for group in keys for key in group):
         return "no published record to estimate the time from"
-    total = sum(max(mean(training[key]) for key in group) + sum(mean(measuring[key]) for key in group) for group in keys)
+    total = sum(max(mean(training[key]) for key in group) + sum(mean(measuring[key]) for key in group)
+                for group in keys)
     return f"about {total / jobs / 60:.0f} min where the published records were made"
 
 

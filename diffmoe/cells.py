@@ -40,6 +40,8 @@ from diffmoe.training.run import Progress, Turn, train_run
 log = logging.getLogger(__name__)
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
 """Global thresholds of the paper's interval search that span a capacity from 0.7 to 2.3 there."""
+SWEEP_DOUBLINGS = 3
+"""Of the rows laid out for a router: the lowest threshold lets 5 pairs a token pass on CIFAR-10, more at much noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +272,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     folder = store.run_folder(cell, data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    compile_ahead(config, device)
+    compile_ahead(config, device, doublings=SWEEP_DOUBLINGS if cell.row.threshold_sweep else 1)
     with ExitStack() as held:
         # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
@@ -283,7 +285,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         sampling_s = time.perf_counter() - started
         described = environment(device)  # first: steps that are not compiled hold another memory than the row's
         diagnosis = _diagnosis(cell, model, data)
-        sweep = _sweep(cell, model, data, store, device) if cell.row.threshold_sweep else []
+        drawn = _draw_sweep(model, config) if cell.row.threshold_sweep else []
     grids = store.folder / "samples"
     grids.mkdir(exist_ok=True)
     budget = f"-at-{config.images_seen}" if config.training.budgets else ""
@@ -291,6 +293,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     started = time.perf_counter()
     metrics = measure_samples(samples, config, data, store.cache, device)
     evaluation_s = time.perf_counter() - started
+    sweep = [_sweep_point(point, config, data, store.cache, device) for point in drawn]
     record = Record(
         id=cell.record_id(data), scale=scale, row=cell.row.key, label=cell.row.label, system=cell.row.system,
         seed=cell.seed, config=shareable(config), config_digest=digest(config),
@@ -409,16 +412,23 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
     return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
-def _sweep(cell: Cell, model: DiT, data: TrainingData, store: Store, device: torch.device) -> list[dict[str, float]]:
-    """Return a point a threshold; the model keeps the last."""
-    config, points = cell.row.config, []
+def _draw_sweep(model: DiT, config: RunConfig) -> list[tuple[float, Samples, float]]:
+    """Return each threshold with its samples and their seconds; the model keeps the last."""
+    drawn = []
     for threshold in SWEEP_THRESHOLDS:
         for layer in model.moe_layers().values():
             layer.router.threshold.fill_(threshold)  # `global_threshold` is a constant, compiled anew for each value
         started = time.perf_counter()
         samples = sample_images(model, config, range(config.evaluation.num_samples))
-        found = activation(config, samples)
-        distance = measure_distance(samples, config, data, store.cache, device)
-        points.append({"threshold": threshold, "capacity": found["capacity"], "distance": distance,
-                       "activated_params": found["activated_params"], "seconds": time.perf_counter() - started})
-    return points
+        drawn.append((threshold, samples, time.perf_counter() - started))
+    return drawn
+
+
+def _sweep_point(drawn: tuple[float, Samples, float], config: RunConfig, data: TrainingData, cache: Path,
+                 device: torch.device) -> dict[str, float]:
+    threshold, samples, seconds = drawn
+    started = time.perf_counter()
+    distance = measure_distance(samples, config, data, cache, device)
+    found = activation(config, samples)
+    return {"threshold": threshold, "capacity": found["capacity"], "distance": distance,
+            "activated_params": found["activated_params"], "seconds": seconds + time.perf_counter() - started}

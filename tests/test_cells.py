@@ -241,15 +241,22 @@ def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measur
         assert not open_turns
         return measured[1]["ec-dynamic"].metrics
 
-    monkeypatch.setattr(cells, "SWEEP_THRESHOLDS", (0.0,))
+    def distance(samples, *arguments):
+        assert not open_turns
+        return samples.capacity.mean().item()
+
+    monkeypatch.setattr(cells, "SWEEP_THRESHOLDS", (0.0, 1.0))
     monkeypatch.setattr(cells, "measure_samples", measure)
+    monkeypatch.setattr(cells, "measure_distance", distance)
     for path, turns in ((tmp_path / "trained", 1), (tmp_path / "anew", 2)):
         store = Store(path)
         if turns == 1:
             shutil.copytree(measured[0].folder / "runs", path / "runs")
         swept = replace(rows["ec-dynamic"], threshold_sweep=True)
         record = run_cell(Cell(swept, 0), "digits", data, store, CPU, turn=turn)
-        assert record.threshold_sweep[0]["capacity"] == swept.config.model.moe.num_experts and len(taken) == turns
+        all_pairs, none = record.threshold_sweep
+        assert (all_pairs["capacity"], none["capacity"]) == (swept.config.model.moe.num_experts, 0)
+        assert all(point["distance"] == point["capacity"] for point in record.threshold_sweep) and len(taken) == turns
         assert record.diagnosis == measured[1]["ec-dynamic"].diagnosis
 
 

@@ -49,14 +49,14 @@ def test_networks_with_any_thresholds_share_what_is_compiled_ahead():
     config = digits_config("diffmoe", "sampling.num_steps=2", "sampling.batch_size=3",
                            "training.precision=bf16", "runtime.compile=true")
     before = counters["stats"]["unique_graphs"]
-    sampling.compile_ahead(config, torch.device("cpu"))
+    sampling.compile_ahead(config, torch.device("cpu"), doublings=2)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > before
     model = randomise(build_model(config.model)).eval()
     capacities = []
-    for threshold in (0.8, 0.85):  # few pairs: more rows than FIRST_ROW_BOUND would be compiled anew
+    for threshold in (0.0, 0.8, 0.85):  # all 8 pairs a token, which take both doublings, and few
         for layer in model.moe_layers().values():
             layer.router.threshold.fill_(threshold)
         capacities.append(sampling.sample_images(model, config, range(6)).capacity.mean())
-    assert capacities[0] > capacities[1]
+    assert capacities[0] == 8 and capacities[1] > capacities[2]
     assert counters["stats"]["unique_graphs"] == compiled

@@ -1,5 +1,9 @@
 """What must hold on a GPU; skipped where there is none."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model, randomise, set_threshold
@@ -88,6 +92,37 @@ def test_the_same_steps_again_give_the_same_bits_in_bf16(system):
 
     first, second = weights(), weights()
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+STEPS = """
+import sys
+from hashlib import sha256
+
+import torch
+
+from diffmoe.config import load_config
+from diffmoe.data.images import ImageData
+from diffmoe.train import CONFIGS
+from diffmoe.training.trainer import Trainer
+
+config = load_config([CONFIGS / "cifar10.yaml", CONFIGS / "diffmoe.yaml"], ["model.depth=2", *sys.argv[1:]])
+generator = torch.Generator().manual_seed(0)
+images = torch.randint(256, (1024, 3, 32, 32), generator=generator).to(torch.uint8)
+trainer = Trainer(config, 0, ImageData("random", images, torch.arange(1024) % 10, 10), torch.device("cuda"))
+for _ in range(20):
+    trainer.train_step()
+print(sha256(b"".join(value.cpu().numpy().tobytes() for value in trainer.model.state_dict().values())).hexdigest())
+"""
+
+
+def test_what_the_compiler_finds_fastest_changes_no_bit_of_a_run(tmp_path):
+    def bits(folder, **environment):
+        caches = {name: str(tmp_path / folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        process = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True,
+                                 env=os.environ | caches | environment)
+        return process.stdout.split()[-1]
+
+    assert bits("as timed") == bits("slowest first", TORCHINDUCTOR_DISTORT_BENCHMARKING_RESULT="inverse")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -75,6 +75,20 @@ def test_the_turn_is_waited_for_once_after_the_first_look_and_is_no_time_of_trai
     assert after["images_per_second"] > 25 * 16 / 3
 
 
+def test_a_signal_ends_the_wait_for_a_turn_and_the_run_goes_on_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole")
+
+    def turn():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # goes on after a signal whose handler returns, as waiting for a lock does
+        raise AssertionError("waited to the end")
+
+    with pytest.raises(Interrupted) as stopped:
+        train(tmp_path / "parts", turn=turn)
+    assert stopped.value.signum == signal.SIGTERM and newest(tmp_path / "parts")["step"] == LOG_EVERY
+    assert_same(outcome(train(tmp_path / "parts")), outcome(whole))
+
+
 def test_several_averages_of_a_run_are_those_of_runs_with_one_and_are_chosen_afterwards(tmp_path):
     several = digits_config("diffmoe", *SMALL, "training.ema_half_life_images=100",
                             "training.extra_ema_half_lives=[400.5, 1e+6]")

@@ -130,16 +130,21 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
 
 
 @torch.no_grad()
-def compile_ahead(config: RunConfig, device: torch.device) -> None:
+def compile_ahead(config: RunConfig, device: torch.device, doublings: int = 0) -> None:
     """Compile what `sample_images` will call for the run's samples, on a network that knows nothing yet.
 
     Networks of a shape share what is compiled. So it can be done while another process has the GPU.
+
+    Args:
+        doublings: overflows of a dynamic router's rows to be ready for.
     """
     if _compiles(config, device, config.evaluation.num_samples):
         model, size = build_model(config.model).to(device).eval(), config.sampling.batch_size
-        call = prepare_call(model.set_backend(config.runtime.backend), config, FIRST_ROW_BOUND, compiled=True)
+        model.set_backend(config.runtime.backend)
         noise = StartNoise(config, range(size)).images.to(device)
-        call(noise, noise.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
+        for exponent in range(doublings + 1):
+            call = prepare_call(model, config, FIRST_ROW_BOUND * 2**exponent, compiled=True)
+            call(noise, noise.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
 
 
 def _compiles(config: RunConfig, device: torch.device, num_samples: int) -> bool:

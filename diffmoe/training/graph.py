@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
+import torch._inductor.config  # torch loads it late
 from torch import Tensor, nn
 
 EAGER_CALLS = 3
@@ -22,8 +23,13 @@ Outputs = TypeVar("Outputs")
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile block by block: blocks of a kind share their code, so that few are compiled."""
+    """Compile block by block: blocks of a kind share their code, so that few are compiled.
+
+    Where the compiler would time several orders of a sum and keep the fastest, it always takes the same one: else the
+    bits of a run depend on what happened to be fastest.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
+    torch._inductor.config.deterministic = True
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -164,7 +164,7 @@ class _Run:
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
                         if first_look:
-                            self._take(turn, held)
+                            self._take(turn, held, signals)
                             first_look = False
                         (unsaved_s,) = self.world.largest([time.monotonic() - last_save], self.device)
                         if good and unsaved_s > SAVE_EVERY_S:
@@ -187,10 +187,12 @@ class _Run:
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)
 
-    def _take(self, turn: Turn, held: contextlib.ExitStack) -> None:
-        """Wait for the turn, and take the time for none of the training's."""
+    def _take(self, turn: Turn, held: contextlib.ExitStack, signals: Signals) -> None:
+        """Wait for the turn or a signal, and take the time for none of the training's."""
         before = time.monotonic()
-        held.enter_context(turn())
+        with signals.ending_waits():
+            if signals.received is None:
+                held.enter_context(turn())
         waited = time.monotonic() - before
         self.started += waited
         self.last_line = self.last_line[0], self.last_line[1] + waited

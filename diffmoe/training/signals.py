@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+class _Woken(Exception):
+    """Ends a wait."""
 
 
 class Signals:
@@ -15,6 +21,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.waiting = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -28,7 +35,20 @@ class Signals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """Leave what waits inside when a signal comes; one that came before is the caller's to see."""
+        self.waiting = True
+        try:
+            yield
+        except _Woken:
+            pass
+        finally:
+            self.waiting = False
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.waiting:
+            raise _Woken

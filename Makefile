@@ -35,6 +35,7 @@ mlflow-ui: setup
 
 check-results: setup
 	$(BIN)/python -m diffmoe.report results/digits --check
+	$(BIN)/python -m diffmoe.report results/cifar10 --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot-clipping --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot-beta2 --check

@@ -167,7 +167,9 @@ def test_links_and_paths_lead_somewhere() -> None:
 
 def test_the_blocks_equal_their_files() -> None:
     assert "<!-- include results/digits/table.md -->" in README
-    assert readme.fill(README, ROOT) == README, "run python -m diffmoe.report.readme"
+    for path in (ROOT / "README.md", *(ROOT / "results").rglob("README.md")):
+        text = path.read_text(encoding="utf-8")
+        assert readme.fill(text, ROOT) == text, f"{path}: run python -m diffmoe.report.readme"
 
 
 def test_a_block_is_filled_checked_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +180,11 @@ def test_a_block_is_filled_checked_and_emptied(tmp_path: Path, monkeypatch: pyte
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
     assert Path("README.md").read_text() == text.replace("-->\n<!-- end", "-->\n\n| a \\1 |\n\n<!-- end")
+    page = Path("results", "scale", "README.md")
+    page.parent.mkdir(parents=True)
+    page.write_text(text)
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0 and page.read_text() == Path("README.md").read_text()
     Path("table.md").unlink()
     assert readme.main(["--check"]) == 1
-    assert readme.main([]) == 0 and Path("README.md").read_text() == text
+    assert readme.main([]) == 0 and Path("README.md").read_text() == page.read_text() == text

@@ -37,9 +37,28 @@ def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():
     def identity(record):
         return record.config_digest, record.seed, record.environment["hardware"]
 
-    records = [record for folder in RESULTS.glob("*/records") for record in read_records(folder)]
+    records = [record for folder in RESULTS.rglob("records") for record in read_records(folder)]
     repeats = [[record.metrics["distance"] for record in same]
                for _, same in groupby(sorted(records, key=identity), key=identity)]
     repeats = [distances for distances in repeats if len(distances) > 1]
     assert repeats
     assert all(max(distances) <= (1 + REPEATED) * min(distances) for distances in repeats), repeats
+
+
+def test_the_runs_of_the_rule_ran_again_bit_for_bit_but_for_diffmoe():
+    """README.md there says so, and why; a repetition with the compiler's fixed order is still to come."""
+    rule, main = (read_records(RESULTS / folder) for folder in ("learning_rate/records", "records"))
+    again = {(record.row, record.seed, record.environment["hardware"]): record for record in main
+             if record.training["steps"] == 2000}
+    changes = {}
+    for first in rule:
+        row, _, rate = first.row.rpartition("-")
+        second = again.get(({"ec": "ec-static"}.get(row, row), first.seed, first.environment["hardware"]))
+        if second and float(rate) == second.config["training"]["learning_rate"]:
+            same = all(one["mse"] == other["mse"] for (_, one), (_, other) in zip(
+                first.training["losses"], second.training["losses"], strict=True))
+            changes[row] = same, abs(second.metrics["distance"] / first.metrics["distance"] - 1)
+    assert changes.keys() == {"dense", "tc", "ec", "diffmoe", "expert-race"}
+    assert {row for row, (same, change) in changes.items() if same and change < 1e-10} == changes.keys() - {"diffmoe"}
+    same, change = changes["diffmoe"]
+    assert not same and change > REPEATED

@@ -1,9 +1,9 @@
-"""Put generated files into README.md, between the marks `<!-- include FILE -->` and `<!-- end -->`.
+"""Put generated files into README.md and those of results/, between the marks `<!-- include FILE -->` and `<!-- end -->`.
 
     python -m diffmoe.report.readme            after `make publish`; run it in the repository's root
     python -m diffmoe.report.readme --check    exit 1 when a block differs from its file
 
-A block whose file is not there is empty.
+A file is named from the repository's root. A block whose file is not there is empty.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ def main(arguments: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
-    path = Path("README.md")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); run this in the repository's root") from None
-    filled = fill(text, Path())
-    if options.check and filled != text:
-        print(f"{path}: a block differs from its file; run python -m diffmoe.report.readme", file=sys.stderr)
-        return 1
-    if filled != text:
-        path.write_text(filled, encoding="utf-8")
-    return 0
+    differ = 0
+    for path in (Path("README.md"), *sorted(Path("results").rglob("README.md"))):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); run this in the repository's root") from None
+        filled = fill(text, Path())
+        if filled == text:
+            continue
+        if options.check:
+            print(f"{path}: a block differs from its file; run python -m diffmoe.report.readme", file=sys.stderr)
+            differ = 1
+        else:
+            path.write_text(filled, encoding="utf-8")
+    return differ
 
 
 if __name__ == "__main__":

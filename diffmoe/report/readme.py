@@ -1,4 +1,4 @@
-"""Put generated files into the READMEs, the root's and those of results: between `<!-- include FILE -->` and `<!-- end -->`.
+"""Put generated files into the READMEs, between the marks `<!-- include FILE -->` and `<!-- end -->`.
 
     python -m diffmoe.report.readme            after `make publish`; run it in the repository's root
     python -m diffmoe.report.readme --check    exit 1 when a block differs from its file

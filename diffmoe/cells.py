@@ -35,6 +35,7 @@ from diffmoe.evaluation.sampling import Samples, compile_ahead, sample_images
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
+from diffmoe.training.graph import release_memory
 from diffmoe.training.run import Progress, Turn, train_run
 
 log = logging.getLogger(__name__)
@@ -277,6 +278,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
         run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=take_turn, progress=progress)
+        release_memory(device)
         average = run.load_average(config, device)
         take_turn()
         model = calibrate_thresholds(average, config, cell.seed, data)
@@ -286,6 +288,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         described = environment(device)  # first: steps that are not compiled hold another memory than the row's
         diagnosis = _diagnosis(cell, model, data)
         drawn = _draw_sweep(model, config) if cell.row.threshold_sweep else []
+    del average, model
+    release_memory(device)
     grids = store.folder / "samples"
     grids.mkdir(exist_ok=True)
     budget = f"-at-{config.images_seen}" if config.training.budgets else ""
@@ -322,8 +326,6 @@ def _diagnosis(cell: Cell, model: DiT, data: TrainingData) -> dict[str, Any]:
         log.warning("%s: a training batch does not fit uncompiled, so its record has no diagnosis; "
                     "runtime.micro_batch_size makes it smaller", cell.name)
         return {}
-    finally:
-        torch.cuda.empty_cache()  # those who wait for the turn get the memory of steps that are not compiled
 
 
 def activation(config: RunConfig, samples: Samples) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import connection
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,8 @@ from diffmoe.config import ConfigError
 from diffmoe.records import Record
 from diffmoe.training.run import Interrupted
 
+TOLD_AGAIN_S = 1.0
+"""Seconds until a worker that has not ended is told again."""
 POLL_S = 0.2
 """Seconds between two looks at what the workers told, and between two messages of a worker."""
 
@@ -78,11 +81,24 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
                         raise Interrupted(result or None)
                     yield result
         except BaseException as error:
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # a run in training saves itself first
-            if isinstance(error, BrokenProcessPool):
-                raise ConfigError("a worker process died (out of memory?); run fewer at once with --jobs") from None
+            _end_workers()
+            if isinstance(error, (BrokenProcessPool, torch.OutOfMemoryError)):
+                full = isinstance(error, torch.OutOfMemoryError)
+                why = "a GPU's memory is full" if full else "a worker process died (out of memory?)"
+                raise ConfigError(f"{why}; run fewer at once with --jobs. What was in training is "
+                                  "saved, and the same command goes on") from None
             raise
+
+
+def _end_workers() -> None:
+    """End all workers; a run in training saves itself first.
+
+    One that has is told again: else it would wait for work, and the pool, broken by those that ended, for it.
+    """
+    while workers := multiprocessing.active_children():
+        for worker in workers:
+            worker.terminate()
+        connection.wait([worker.sentinel for worker in workers], timeout=TOLD_AGAIN_S)
 
 
 def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:

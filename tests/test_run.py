@@ -22,7 +22,8 @@ from diffmoe.sample import load_trained
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import average_file
-from diffmoe.training.run import LOG_EVERY, Interrupted, train_run
+from diffmoe.training.graph import EAGER_CALLS
+from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer
 
 SMALL = ["training.num_images=960"]  # 60 steps of 16
@@ -57,7 +58,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     assert not list((tmp_path / "parts").glob("checkpoint-*"))
 
 
-def test_the_turn_is_waited_for_once_after_the_first_look_and_is_no_time_of_training(tmp_path):
+def test_the_turn_is_waited_for_once_after_the_steps_that_compile_and_is_no_time_of_training(tmp_path):
     steps, taken = [], []
 
     @contextmanager
@@ -68,7 +69,7 @@ def test_the_turn_is_waited_for_once_after_the_first_look_and_is_no_time_of_trai
         taken.append(len(steps))
 
     run = train(tmp_path, turn=turn, progress=lambda step, losses: steps.append(step))
-    assert taken == [LOG_EVERY - 1, 60]  # whoever follows the run is told of a step at its end
+    assert taken == [EAGER_CALLS - 1, 60]  # whoever follows the run is told of a step at its end
     assert run.description["seconds"] < 3
     before, after = (json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()[:2])
     assert after["seconds"] - before["seconds"] < 3
@@ -85,7 +86,7 @@ def test_a_signal_ends_the_wait_for_a_turn_and_the_run_goes_on_bit_for_bit(tmp_p
 
     with pytest.raises(Interrupted) as stopped:
         train(tmp_path / "parts", turn=turn)
-    assert stopped.value.signum == signal.SIGTERM and newest(tmp_path / "parts")["step"] == LOG_EVERY
+    assert stopped.value.signum == signal.SIGTERM and newest(tmp_path / "parts")["step"] == EAGER_CALLS
     assert_same(outcome(train(tmp_path / "parts")), outcome(whole))
 
 

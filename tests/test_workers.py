@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from processes import server
 from test_cells import CPU, ROWS, SMALL
 
@@ -15,6 +16,7 @@ from diffmoe.config import ConfigError
 from diffmoe.data import load_data
 from diffmoe.train import CONFIGS
 from diffmoe.training.run import Interrupted
+from diffmoe.training.signals import Signals
 from diffmoe.workers import run_cells, visible_gpus
 
 ROWS_TO_RUN = ("dense", "ec-static", "ec-dynamic")
@@ -85,6 +87,28 @@ def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, mon
     assert visible_gpus() == ["5", "7"]
     cells = [Cell(rows[0], seed) for seed in range(4)]
     assert set(run_cells(cells, own_gpu, 2, lambda *_: None)) == {"5", "7"}
+
+
+def one_fails(cell, progress):
+    """Of four processes: the first fails while the second trains and the others have nothing to do."""
+    if cell.seed == 0:
+        time.sleep(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if cell.seed == 1:
+        with Signals() as signals:
+            while signals.received is None:
+                time.sleep(0.05)
+            time.sleep(0.5)  # it saves itself
+        raise Interrupted(signals.received)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("forked")
+def test_a_cell_that_does_not_fit_is_one_line_once_the_others_are_saved(rows):
+    cells = [Cell(rows[0], seed) for seed in range(4)]
+    with pytest.raises(ConfigError, match="--jobs"):
+        list(run_cells(cells, one_fails, 4, lambda *_: None))
+    assert not multiprocessing.active_children()
 
 
 def test_what_cannot_be_measured_is_refused_before_training(data, tmp_path):

@@ -6,6 +6,7 @@ they run; so is a call of the network.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -32,6 +33,14 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
     torch._inductor.config.deterministic = True
     for block in blocks:
         block.compile(dynamic=False)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what no tensor needs to the GPU's other processes; what a graph and its function hold is a cycle."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 class Graphed(Generic[Outputs]):

@@ -28,6 +28,7 @@ from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, reason, save_weights, write_whole
 from diffmoe.training.distributed import ALONE, HANG_S, Heartbeat, World
 from diffmoe.training.ema import average_file
+from diffmoe.training.graph import EAGER_CALLS, release_memory
 from diffmoe.training.log import JsonLines, read_lines
 from diffmoe.training.signals import Signals
 from diffmoe.training.trainer import Trainer
@@ -96,7 +97,7 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
 
     Args:
         deadline: value of `time.monotonic()` at which to save and stop.
-        turn: entered after the first `LOG_EVERY` steps, which compile, until the end; waiting for it is no training.
+        turn: entered after the first `EAGER_CALLS` steps, which compile, until the end; waiting is no training.
 
     Raises:
         ConfigError: when the folder is in use, cannot be written or belongs to another run, when too many losses or
@@ -156,16 +157,16 @@ class _Run:
             if trainer.step == 0:
                 self._save()  # now is when to learn that the disk is full
             with Heartbeat(self.world, HANG_S) as heart, contextlib.ExitStack() as held:
-                first_look = True
+                compiling = EAGER_CALLS
                 while trainer.step < num_steps and not stop:
                     losses = trainer.train_step()
                     heart.beat()
                     self.objectives.append(trainer.objective)
+                    compiling -= 1
+                    if compiling == 0:
+                        self._take(turn, held, signals)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
-                        if first_look:
-                            self._take(turn, held, signals)
-                            first_look = False
                         (unsaved_s,) = self.world.largest([time.monotonic() - last_save], self.device)
                         if good and unsaved_s > SAVE_EVERY_S:
                             self._save()
@@ -189,6 +190,7 @@ class _Run:
 
     def _take(self, turn: Turn, held: contextlib.ExitStack, signals: Signals) -> None:
         """Wait for the turn or a signal, and take the time for none of the training's."""
+        release_memory(self.device)  # before the capture takes what a step needs
         before = time.monotonic()
         with signals.ending_waits():
             if signals.received is None:

@@ -415,7 +415,7 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
 
 
 def _draw_sweep(model: DiT, config: RunConfig) -> list[tuple[float, Samples, float]]:
-    """Return each threshold with its samples and their seconds; the model keeps the last."""
+    """Return each threshold with its samples, all held at once, and their seconds; the model keeps the last."""
     drawn = []
     for threshold in SWEEP_THRESHOLDS:
         for layer in model.moe_layers().values():

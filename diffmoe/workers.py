@@ -53,7 +53,8 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
 
     Raises:
         ConfigError: as the cells do, or when a process died; the others save themselves and stop first.
-        Interrupted: after SIGINT, SIGTERM or the deadline, when every process has saved itself.
+        Interrupted: after SIGINT, SIGTERM or the deadline, when every process has saved itself; after a second signal
+            at once.
     """
     if jobs == 1:
         torch.set_num_threads(threads)
@@ -91,14 +92,19 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
 
 
 def _end_workers() -> None:
-    """End all workers; a run in training saves itself first.
+    """End all workers; a run in training saves itself first, unless a signal comes meanwhile.
 
     One that has is told again: else it would wait for work, and the pool, broken by those that ended, for it.
     """
-    while workers := multiprocessing.active_children():
-        for worker in workers:
-            worker.terminate()
-        connection.wait([worker.sentinel for worker in workers], timeout=TOLD_AGAIN_S)
+    try:
+        while workers := multiprocessing.active_children():
+            for worker in workers:
+                worker.terminate()
+            connection.wait([worker.sentinel for worker in workers], timeout=TOLD_AGAIN_S)
+    except Interrupted:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
 
 
 def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:

@@ -3,6 +3,8 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from functools import partial
 
@@ -92,13 +94,13 @@ def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, mon
 def one_fails(cell, progress):
     """Of four processes: the first fails while the second trains and the others have nothing to do."""
     if cell.seed == 0:
-        time.sleep(1)
+        time.sleep(0.5)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if cell.seed == 1:
         with Signals() as signals:
             while signals.received is None:
                 time.sleep(0.05)
-            time.sleep(0.5)  # it saves itself
+            time.sleep(0.3)  # it saves itself
         raise Interrupted(signals.received)
 
 
@@ -109,6 +111,23 @@ def test_a_cell_that_does_not_fit_is_one_line_once_the_others_are_saved(rows):
     with pytest.raises(ConfigError, match="--jobs"):
         list(run_cells(cells, one_fails, 4, lambda *_: None))
     assert not multiprocessing.active_children()
+
+
+def never_ends(cell, progress):
+    with Signals():
+        time.sleep(100)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("forked")
+def test_a_second_signal_ends_processes_that_do_not(rows):
+    cells = [Cell(rows[0], seed) for seed in range(2)]
+    timers = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) for seconds in (1.5, 2.5)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(Interrupted):
+        list(run_cells(cells, never_ends, 2, lambda *_: None))
+    assert not timers[1].is_alive() and not multiprocessing.active_children()
 
 
 def test_what_cannot_be_measured_is_refused_before_training(data, tmp_path):

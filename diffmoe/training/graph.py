@@ -36,9 +36,9 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what no tensor needs to the GPU's other processes; what a graph and its function hold is a cycle."""
-    gc.collect()
+    """Give back what no tensor needs to a GPU's other processes."""
     if device.type == "cuda":
+        gc.collect()  # a graph and the function that it has captured hold each other
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 

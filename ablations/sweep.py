@@ -198,7 +198,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--address", help="of a running Ray cluster, or auto (default: Ray on this machine)")
     parser.add_argument("--jobs", type=int, metavar="N", help="trials at once (default: a core or GPU share each)")
     parser.add_argument("--gpus-per-trial", type=float, metavar="SHARE",
-                        help="for example 0.25 (default: 1 if there are any)")
+                        help="for example 0.25: four take turns on a GPU, and one measures while another trains "
+                             "(default: 1 if there are any)")
     parser.add_argument("--out", type=Path,
                         help="folder of runs and records (default: results/<scale>/local/ablations)")
     parser.add_argument("--mlflow", metavar="STORE",

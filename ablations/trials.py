@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
 
-from diffmoe.cells import Cell, Row, Store, group_by_training, run_cell
+from diffmoe.cells import Cell, Row, Store, gpu_turn, group_by_training, run_cell
 from diffmoe.cli import choose_device
 from diffmoe.config import ConfigError
 from diffmoe.data import ImageData, load_data
@@ -79,7 +80,8 @@ def _record(cells: Sequence[Cell], data: ImageData, device: torch.device, work: 
         if time.time() > work.deadline:
             raise Interrupted(None)
         if not work.store.has(cell, data):
-            run_cell(cell, work.scale, data, work.store, device, deadline=_local(work.deadline))
+            run_cell(cell, work.scale, data, work.store, device, deadline=_local(work.deadline),
+                     turn=partial(gpu_turn, work.store.folder, device))
 
 
 def _explore(cell: Cell, data: ImageData, device: torch.device, work: Work) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import one_line
 from fake_records import fake_record
 
-from ablations import report, sweep
+from ablations import report, sweep, trials
 from ablations.axes import AXES, Design, choose_axes, load_axes
 from ablations.estimate import describe_cost, trial_minutes
 from ablations.trials import make_trials
@@ -35,6 +39,26 @@ def make_design(scale="digits", *overrides):
 @pytest.fixture(scope="module")
 def design():
     return make_design()
+
+
+def test_trials_that_share_a_gpu_take_turns(design, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
+    store, held = Store(tmp_path), []
+
+    def run_cell(*arguments, turn, **options):
+        with turn(), (tmp_path / "gpu-u.lock").open() as lock, pytest.raises(BlockingIOError):
+            held.append(True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(trials, "run_cell", run_cell)
+    monkeypatch.setattr(trials, "choose_device", torch.device)
+    monkeypatch.setattr(trials.tune, "get_context", lambda: SimpleNamespace(
+        get_trial_resources=lambda: SimpleNamespace(required_resources={"GPU": 0.5})))
+    cell = Cell(make_design("digits", "runtime.device=cuda").default, 0)
+    work = trials.Work(scale="digits", store=store, folder=Path.cwd(), threads=torch.get_num_threads(),
+                       deadline=math.inf, explore=False)
+    trials.run_trial({"trial": "default-s0"}, trials={"default-s0": [cell]}, work=work)
+    assert held
 
 
 # ---------------------------------------------------------------- axes and rows

@@ -251,7 +251,10 @@ def gpu_turn(folder: Path, device: torch.device) -> Iterator[None]:
         return
     with (folder / f"gpu-{torch.cuda.get_device_properties(device).uuid}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough where a child has it too
 
 
 def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: torch.device, *,
@@ -271,9 +274,10 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     """
     config = cell.row.config
     folder = store.run_folder(cell, data)
+    compile_ahead(config, device, doublings=SWEEP_DOUBLINGS if cell.row.threshold_sweep else 1)
+    release_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    compile_ahead(config, device, doublings=SWEEP_DOUBLINGS if cell.row.threshold_sweep else 1)
     with ExitStack() as held:
         # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))

@@ -9,17 +9,22 @@ import torch
 from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model, randomise, set_threshold
 from test_training import SYSTEMS, digits_config
 
-from diffmoe.config import Backend, Precision
+from diffmoe.config import Backend, Precision, load_config
 from diffmoe.data import load_data
+from diffmoe.data.images import ImageData
 from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import build_model
 from diffmoe.moe.routing import Routing
+from diffmoe.train import CONFIGS
+from diffmoe.training.graph import EAGER_CALLS, release_memory
 from diffmoe.training.trainer import Trainer
 from diffmoe.verify import verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
+MARGIN_BYTES = 200_000_000
+"""Of libraries' workspaces and the like."""
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +129,26 @@ def test_what_the_compiler_finds_fastest_changes_no_bit_of_a_run(tmp_path):
 
     first, again = bits("first"), bits("again")
     assert first == again == bits("slowest first", TORCHINDUCTOR_DISTORT_BENCHMARKING_RESULT="inverse")
+
+
+def test_who_waits_for_a_gpu_holds_weights_alone_and_who_has_trained_nothing():
+    config = load_config([CONFIGS / "cifar10.yaml", CONFIGS / "diffmoe.yaml"], ["model.depth=2"])
+    data = ImageData("random", torch.randint(256, (1024, 3, 32, 32)).to(torch.uint8), torch.arange(1024) % 10, 10)
+    release_memory(CUDA)
+    before = torch.cuda.memory_allocated()
+    trainer = Trainer(config, 0, data, CUDA)
+    for _ in range(EAGER_CALLS):
+        trainer.train_step()
+    weights = sum(value.nbytes for value in trainer.model.state_dict().values())
+    release_memory(CUDA)
+    waiting = torch.cuda.memory_reserved()
+    for _ in range(2):
+        trainer.train_step()
+    trained = torch.cuda.memory_reserved()
+    assert waiting < 7 * weights + MARGIN_BYTES < trained  # gradients, two moments, the average, and room for another
+    del trainer
+    release_memory(CUDA)
+    assert torch.cuda.memory_allocated() < before + MARGIN_BYTES
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -13,10 +13,11 @@ import queue
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import connection
 from types import FrameType
@@ -43,7 +44,8 @@ Watch = Callable[[Cell, int, dict[str, float]], None]
 def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, threads: int = 1) -> Iterator[Record]:
     """Run cells in their order, several at a time, and yield each record when it is written.
 
-    Cells that share a training run go one after another. Where there are GPUs, each process has its own, in turn.
+    Cells that share a training run go one after another. Where there are GPUs, each process has its own, in turn, and
+    a cell goes to the GPU with the fewest at work.
 
     Args:
         run: goes to each process once, with all that it holds.
@@ -62,17 +64,20 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
             yield run(cell, progress=partial(watch, cell))
         return
     context = multiprocessing.get_context("spawn")
-    told, gpus = context.Queue(), context.Queue()
-    for gpu in itertools.islice(itertools.cycle(visible_gpus() or [None]), jobs):
-        gpus.put(gpu)
+    told = context.Queue()
+    processes = Counter(itertools.islice(itertools.cycle(visible_gpus() or [None]), jobs))
     waiting = list(cells)
-    running: dict[Future[Record | int], Cell] = {}
-    with _raising_on_signals(), ProcessPoolExecutor(jobs, context, _start_worker, (run, told, gpus, threads)) as pool:
+    running: dict[Future[Record | int], tuple[Cell, str | None]] = {}
+    with ExitStack() as stack:
+        stack.enter_context(_raising_on_signals())
+        pools = {gpu: stack.enter_context(ProcessPoolExecutor(size, context, _start_worker, (run, told, gpu, threads)))
+                 for gpu, size in processes.items()}
         try:
             while waiting or running:
-                while len(running) < jobs and (cell := _next(waiting, running.values())):
+                while len(running) < jobs and (cell := _next(waiting, [cell for cell, _ in running.values()])):
                     waiting.remove(cell)
-                    running[pool.submit(_run_cell, cell)] = cell
+                    (gpu, _), = (processes - Counter(gpu for _, gpu in running.values())).most_common(1)
+                    running[pools[gpu].submit(_run_cell, cell)] = cell, gpu
                 done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 _pass_on(told, watch)
                 for future in done:
@@ -149,11 +154,11 @@ _worker: dict[str, Any] = {}
 """What this worker process was started with."""
 
 
-def _start_worker(run: RunCell, told: Any, gpus: Any, threads: int) -> None:
+def _start_worker(run: RunCell, told: Any, gpu: str | None, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; outside training the parent decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # training has a handler of its own
     torch.set_num_threads(threads)
-    if (gpu := gpus.get()) is not None:
+    if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which it has not yet here
     _worker.update(run=run, told=told)
 

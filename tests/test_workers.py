@@ -91,6 +91,13 @@ def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, mon
     assert set(run_cells(cells, own_gpu, 2, lambda *_: None)) == {"5", "7"}
 
 
+@pytest.mark.usefixtures("forked")
+def test_cells_fewer_than_processes_are_spread_over_the_gpus(rows, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    cells = [Cell(rows[0], seed) for seed in range(4)]
+    assert sorted(run_cells(cells, own_gpu, 8, lambda *_: None)) == ["5", "5", "7", "7"]
+
+
 def one_fails(cell, progress):
     """Of four processes: the first fails while the second trains and the others have nothing to do."""
     if cell.seed == 0:

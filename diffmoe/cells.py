@@ -372,26 +372,34 @@ def measure_samples(samples: Samples, config: RunConfig, data: TrainingData | No
     found = measure(samples.images, data, extractor=evaluation.extractor, device=device,
                     cache_root=cache, weights_path=weights, kid_subset_size=evaluation.kid_subset_size,
                     memorisation=evaluation.memorisation)
-    if evaluation.second_extractor is not None:
-        found[distance_name(evaluation.second_extractor)] = frechet_distance(
-            samples.images, data, extractor=evaluation.second_extractor, device=device, cache_root=cache)
+    found |= _second_distance(samples, config, data, cache, device)
     if evaluation.extractor == DIGITS:  # a classifier of these classes
         found["class_accuracy"] = (classify(samples.images) == samples.labels).float().mean().item()
     return found
 
 
-def measure_distance(samples: Samples, config: RunConfig, data: TrainingData | None, cache: Path,
-                     device: torch.device) -> float:
-    """Return the `distance` of `measure_samples`, without the rest where that saves time.
+def measure_distances(samples: Samples, config: RunConfig, data: TrainingData | None, cache: Path,
+                      device: torch.device) -> dict[str, float]:
+    """Return the distances of `measure_samples` under their names there, without the rest where that saves time.
 
     Raises:
         ConfigError: as `measure` does.
     """
     evaluation = config.evaluation
     if evaluation.reference is not None:
-        return measure_samples(samples, config, data, cache, device)["distance"]
-    return frechet_distance(samples.images, data, extractor=evaluation.extractor, device=device, cache_root=cache,
-                            weights_path=_weights(evaluation))
+        return {"distance": measure_samples(samples, config, data, cache, device)["distance"]}
+    first = frechet_distance(samples.images, data, extractor=evaluation.extractor, device=device, cache_root=cache,
+                             weights_path=_weights(evaluation))
+    return {"distance": first} | _second_distance(samples, config, data, cache, device)
+
+
+def _second_distance(samples: Samples, config: RunConfig, data: TrainingData | None, cache: Path,
+                     device: torch.device) -> dict[str, float]:
+    extractor = config.evaluation.second_extractor
+    if extractor is None:
+        return {}
+    return {distance_name(extractor): frechet_distance(samples.images, data, extractor=extractor, device=device,
+                                                       cache_root=cache)}
 
 
 def sampling_floors(evaluation: EvaluationConfig, data: TrainingData | None, cache: Path,
@@ -434,7 +442,7 @@ def _sweep_point(drawn: tuple[float, Samples, float], config: RunConfig, data: T
                  device: torch.device) -> dict[str, float]:
     threshold, samples, seconds = drawn
     started = time.perf_counter()
-    distance = measure_distance(samples, config, data, cache, device)
+    distances = measure_distances(samples, config, data, cache, device)
     found = activation(config, samples)
-    return {"threshold": threshold, "capacity": found["capacity"], "distance": distance,
+    return {"threshold": threshold, "capacity": found["capacity"], **distances,
             "activated_params": found["activated_params"], "seconds": seconds + time.perf_counter() - started}

@@ -22,7 +22,7 @@ from diffmoe.cells import (
     check_evaluation,
     gpu_turn,
     load_rows,
-    measure_distance,
+    measure_distances,
     measure_samples,
     missing_cells,
     run_cell,
@@ -241,13 +241,13 @@ def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measur
         assert not open_turns
         return measured[1]["ec-dynamic"].metrics
 
-    def distance(samples, *arguments):
+    def distances(samples, *arguments):
         assert not open_turns
-        return samples.capacity.mean().item()
+        return {"distance": samples.capacity.mean().item(), "FD-other": 1.0}
 
     monkeypatch.setattr(cells, "SWEEP_THRESHOLDS", (0.0, 1.0))
     monkeypatch.setattr(cells, "measure_samples", measure)
-    monkeypatch.setattr(cells, "measure_distance", distance)
+    monkeypatch.setattr(cells, "measure_distances", distances)
     for path, turns in ((tmp_path / "trained", 1), (tmp_path / "anew", 2)):
         store = Store(path)
         if turns == 1:
@@ -257,6 +257,7 @@ def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measur
         all_pairs, none = record.threshold_sweep
         assert (all_pairs["capacity"], none["capacity"]) == (swept.config.model.moe.num_experts, 0)
         assert all(point["distance"] == point["capacity"] for point in record.threshold_sweep) and len(taken) == turns
+        assert all(point["FD-other"] == 1 for point in record.threshold_sweep)
         assert record.diagnosis == measured[1]["ec-dynamic"].diagnosis
 
 
@@ -290,7 +291,9 @@ def test_what_is_measured_on_demand_stands_beside_the_rest(rows, data, tmp_path)
     assert found.keys() - alone.keys() == {"FD-test-pixels"}
     second = measure(samples.images, data, extractor="test-pixels", device=CPU, cache_root=tmp_path, kid_subset_size=20)
     assert found == alone | {"FD-test-pixels": pytest.approx(second["distance"])}
-    assert measure_distance(samples, config, data, tmp_path, CPU) == pytest.approx(alone["distance"])
+    distances = measure_distances(samples, both, data, tmp_path, CPU)
+    assert distances == pytest.approx({name: found[name] for name in ("distance", "FD-test-pixels")})
+    assert measure_distances(samples, config, data, tmp_path, CPU).keys() == {"distance"}
     copies = replace(config, evaluation=replace(config.evaluation, memorisation=True))
     assert measure_samples(drawn(data.images[:40]), copies, data, tmp_path, CPU)["copied"] == 1
     floors = sampling_floors(both.evaluation, data, tmp_path, CPU)

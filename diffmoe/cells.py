@@ -36,7 +36,7 @@ from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
 from diffmoe.training.graph import release_memory
-from diffmoe.training.run import Progress, Turn, train_run
+from diffmoe.training.run import Progress, Turn, is_trained, train_run
 
 log = logging.getLogger(__name__)
 SWEEP_THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1, 1e-2, 1e-3)
@@ -98,6 +98,10 @@ class Store:
     def run_folder(self, cell: Cell, data: TrainingData) -> Path:
         """The folder of a cell's training run."""
         return self.folder / "runs" / _run_name(*cell.training, data.digest)
+
+    def is_trained(self, cell: Cell, data: TrainingData) -> bool:
+        """Say whether the network that a cell measures is there."""
+        return is_trained(cell.row.config, self.run_folder(cell, data))
 
     def has(self, cell: Cell, data: TrainingData) -> bool:
         """Say whether a cell is recorded."""

@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
     check_cells(cells, data)
     groups = group_by_training(cells)
     processors = len(visible_gpus()) if device.type == "cuda" else cpu_count()
-    jobs = min(options.jobs or processors, max(1, len(groups)))
+    jobs = min(options.jobs or processors, max(1, len(cells)))
     wanted = len(rows) * options.seeds
     print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run, "
           f"{jobs} at a time; {estimate(groups, jobs, published)}", flush=True)
@@ -118,7 +118,8 @@ def main(arguments: list[str]) -> int:
                                                    data.digest, cell.row.system))
             # On a CPU always one thread, so that a result is one at any --jobs; beside a GPU they measure the samples.
             threads = max(1, cpu_count() // jobs) if device.type == "cuda" else 1
-            _run(cells, partial(run_cells, run=run, jobs=jobs, threads=threads), store, tracker)
+            _run(cells, partial(run_cells, run=run, jobs=jobs, threads=threads,
+                                is_trained=partial(store.is_trained, data=data)), store, tracker)
     write_report(store.folder)
     for budget, records in by_budget(read_records(store.records)).items():
         print(f"\n{budget}\n\n{brief_table(records)}" if budget else brief_table(records))

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -41,16 +41,19 @@ Watch = Callable[[Cell, int, dict[str, float]], None]
 """Told the cell in training, its steps done and its latest losses."""
 
 
-def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, threads: int = 1) -> Iterator[Record]:
+def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, threads: int = 1,
+              is_trained: Callable[[Cell], bool] = lambda cell: False) -> Iterator[Record]:
     """Run cells in their order, several at a time, and yield each record when it is written.
 
-    Cells that share a training run go one after another. Where there are GPUs, each process has its own, in turn, and
-    a cell goes to the GPU with the fewest at work.
+    A training run is in one process's hands; cells that measure what is trained run beside one another, and beside its
+    further training. Where there are GPUs, each process has its own, in turn, and a cell goes to the GPU with the
+    fewest at work.
 
     Args:
         run: goes to each process once, with all that it holds.
         jobs: processes; with 1 everything runs in this one.
         watch: called in this process.
+        is_trained: says whether the network that a cell measures is there.
         threads: of the CPU, for each process.
 
     Raises:
@@ -74,7 +77,8 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
                  for gpu, size in processes.items()}
         try:
             while waiting or running:
-                while len(running) < jobs and (cell := _next(waiting, [cell for cell, _ in running.values()])):
+                while len(running) < jobs and (
+                        cell := _next(waiting, [cell for cell, _ in running.values()], is_trained)):
                     waiting.remove(cell)
                     (gpu, _), = (processes - Counter(gpu for _, gpu in running.values())).most_common(1)
                     running[pools[gpu].submit(_run_cell, cell)] = cell, gpu
@@ -112,10 +116,10 @@ def _end_workers() -> None:
         raise
 
 
-def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
-    """Return the first cell whose training run no other has in hand."""
-    taken = {cell.training for cell in running}
-    return next((cell for cell in waiting if cell.training not in taken), None)
+def _next(waiting: Sequence[Cell], running: Sequence[Cell], is_trained: Callable[[Cell], bool]) -> Cell | None:
+    """Return the first cell that is trained, or whose training run no other has in hand."""
+    taken = {cell.training for cell in running if not is_trained(cell)}
+    return next((cell for cell in waiting if cell.training not in taken or is_trained(cell)), None)
 
 
 def visible_gpus() -> list[str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -192,7 +193,26 @@ def test_the_folder_of_another_run_is_refused(tmp_path, other):
 def test_a_folder_in_use_is_refused_and_names_the_process(tmp_path):
     with locked(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} is working"):
         train(tmp_path)
+    trained = train(tmp_path)
+    with locked(tmp_path):
+        assert train(tmp_path).description == trained.description  # what is finished can be read meanwhile
+
+
+def test_who_is_about_to_let_go_of_a_folder_is_waited_for(tmp_path):
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(tmp_path):
+            held.set()
+            let_go.wait(10)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(10)
+    threading.Timer(0.3, let_go.set).start()
     train(tmp_path)
+    assert let_go.is_set()
+    other.join(10)
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_the_log_stays(tmp_path):

@@ -98,6 +98,32 @@ def test_cells_fewer_than_processes_are_spread_over_the_gpus(rows, monkeypatch):
     assert sorted(run_cells(cells, own_gpu, 8, lambda *_: None)) == ["5", "5", "7", "7"]
 
 
+def when_trained(cell, progress, folder):
+    """Each budget of a run waits for what may run beside it: until the other has begun, or for too long."""
+    budget, row = cell.row.config.images_seen, cell.row.key
+    (folder / f"{budget}-{row}-begun").touch()
+    awaited = {"ec-static": "32-ec-dynamic-begun", "ec-dynamic": "64-ec-static-begun"}[row] if budget == 32 else None
+    deadline = time.monotonic() + 20
+    while awaited and not (folder / awaited).exists():
+        if time.monotonic() > deadline:
+            return "waited in vain"
+        time.sleep(0.02)
+    return f"{budget}-{row}"
+
+
+@pytest.mark.usefixtures("forked")
+def test_what_is_trained_is_measured_at_once_and_trained_on(rows, tmp_path):
+    cells = [cell for cell in (Cell(row, 0) for row in rows) if cell.row.key != "dense"]
+    cells.sort(key=lambda cell: cell.row.config.images_seen)
+    names = [f"{cell.row.config.images_seen}-{cell.row.key}" for cell in cells]
+
+    def is_trained(cell):  # the first cell is training; then its budget is there for all
+        return cell.row.config.images_seen == 32 and (tmp_path / "32-ec-static-begun").exists()
+
+    run_one = partial(when_trained, folder=tmp_path)
+    assert sorted(run_cells(cells, run_one, 3, lambda *_: None, is_trained=is_trained)) == sorted(names)
+
+
 def one_fails(cell, progress):
     """Of four processes: the first fails while the second trains and the others have nothing to do."""
     if cell.seed == 0:

@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,8 @@ KEPT = 2
 """Newest checkpoints that are kept, and beside them one older."""
 KEPT_FOR_S = 3600.0
 """The older one is the oldest that is not this much older than the newest: something to go back to."""
+LETTING_GO_S = 1.0
+"""A process whose run is finished lets go of the folder within this."""
 
 log = logging.getLogger(__name__)
 Description = dict[str, Any]
@@ -232,6 +235,14 @@ def reason(error: OSError) -> str:
     return error.strerror or " ".join(str(error).split())
 
 
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process; what a process that died left is removed, and its lock is gone with it.
@@ -245,12 +256,13 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another with --out") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConfigError(f"{folder}: process {file.read().strip() or 'unknown'} is working in this folder; "
-                              "wait for it or stop it") from None
+        asked = time.monotonic()
+        while not _taken(file):
+            if time.monotonic() - asked > LETTING_GO_S:
+                file.seek(0)
+                raise ConfigError(f"{folder}: process {file.read().strip() or 'unknown'} is working in this folder; "
+                                  "wait for it or stop it")
+            time.sleep(LETTING_GO_S / 10)
         with suppress(OSError):  # on a full disk the lock holds without a name
             file.truncate(0)
             file.write(str(os.getpid()))

@@ -107,18 +107,30 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
     identity = {"config_digest": digest(config, scope="training"), "seed": seed, "data_digest": data.digest}
     runtime = {f"runtime.{key}": value for key, value in to_dict(config.runtime).items() if key != "device"}
     world.require_agreement(identity | runtime | {"torch": torch.__version__})
+    if finished := _finished(config, folder, world, identity):  # others may read it, or train on to a later budget
+        return finished
     with locked(folder) if world.is_main else contextlib.nullcontext():
-        finished = folder / average_file(budget_images=config.evaluation.budget_images)
-        description = load_weights(finished)[1] if world.is_main and finished.exists() else None
-        description = world.from_main(description)
-        if description is not None:
-            _check_identity(finished, description, identity)
-            return TrainedRun(folder, description)
+        if finished := _finished(config, folder, world, identity):  # by who held the folder until now
+            return finished
         try:
             run = _Run(config, seed, data, folder, device, world, identity)
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({reason(error)}); choose another with --out") from None
         return run.train(deadline, turn, progress)
+
+
+def is_trained(config: RunConfig, folder: Path) -> bool:
+    """Say whether the folder holds the network at the budget of `config`, or at the end."""
+    return (folder / average_file(budget_images=config.evaluation.budget_images)).exists()
+
+
+def _finished(config: RunConfig, folder: Path, world: World, identity: dict[str, Any]) -> TrainedRun | None:
+    path = folder / average_file(budget_images=config.evaluation.budget_images)
+    description = world.from_main(load_weights(path)[1] if world.is_main and is_trained(config, folder) else None)
+    if description is None:
+        return None
+    _check_identity(path, description, identity)
+    return TrainedRun(folder, description)
 
 
 class _Run:
@@ -181,9 +193,9 @@ class _Run:
                 self._save(final=True)
                 self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
                 raise Interrupted(signals.received)
-            description = self._keep_averages(self.config.evaluation.budget_images)
             if self.config.evaluation.budget_images is not None:
-                self._save(final=True)  # to go on from
+                self._save(final=True)  # to go on from; before the file that says that it is trained
+            description = self._keep_averages(self.config.evaluation.budget_images)
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)
         return TrainedRun(self.folder, description)

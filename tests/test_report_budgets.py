@@ -13,6 +13,7 @@ from diffmoe.config import ConfigError
 from diffmoe.records import Record, write_record
 from diffmoe.report import __main__ as report
 from diffmoe.report.budgets import budgets_data, budgets_markdown, by_budget
+from diffmoe.report.table import mean_sd
 
 SMALL, MIDDLE, WHOLE = 8_000, 32_000, 128_000
 
@@ -55,12 +56,29 @@ def test_a_row_trained_anew_or_measured_differently_is_refused() -> None:
         by_budget([*records[:-1], replace(records[-1], sampling={"num_samples": 500, "seconds": 1.0})])
 
 
+def test_a_row_whose_budgets_are_of_two_trainings_is_named() -> None:
+    records = mixed_records()
+    assert "Except" not in budgets_markdown(records)
+    step, losses = records[0].training["losses"][0]
+    again = [[step, losses | {"mse": losses["mse"] * (1 + 1e-7)}], *records[0].training["losses"][1:]]
+    records[0] = replace(records[0], training=records[0].training | {"losses": again})
+    assert "Except for seed 0 of Dense: trained again" in budgets_markdown(records)
+
+
+def test_the_trend_is_that_of_each_seed_between_the_last_two_budgets() -> None:
+    lines = {line[0]: line[1:] for line in lines_of(budgets_markdown(mixed_records(seeds=(0, 1)))) if len(line) == 3}
+    assert lines["system"] == ["exponent", "4,000 steps, if straight"]
+    whole = [record.metrics["distance"] for record in fake_records(["dense"], (0, 1), scale="cifar10")]
+    share = MIDDLE / WHOLE  # fake distances are a power of the budget
+    assert lines["Dense"] == [f"{mean_sd([-0.3, -0.3])} (2)", f"{mean_sd([d * share**0.3 for d in whole])} (2)"]
+
+
 def test_the_page_across_has_a_line_a_row_and_a_column_a_budget() -> None:
     records = [record for record in mixed_records() if not (record.row == "diffmoe" and record.training["steps"] == 62)]
     for index, record in enumerate(records):
         distance = {"dense": 9.0, "diffmoe": 8.0}[record.row] + record.seed
         records[index] = replace(record, metrics=record.metrics | {"distance": distance})
-    table, costs = lines_of(budgets_markdown(records))[:3], lines_of(budgets_markdown(records))[3:]
+    table, costs = lines_of(budgets_markdown(records))[:3], lines_of(budgets_markdown(records))[3:7]
     assert table == [["system", "62 steps", "250 steps", "1,000 steps"],
                      ["Dense", *["9.50 ± 0.71 (2)"] * 3], ["DiffMoE (dynamic)", "-", *["8.50 ± 0.71 (2)"] * 2]]
     assert [line[:4] for line in costs[1:]] == [["62 steps", "[62-steps](62-steps/table.md)", "8,000", "2"],

@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 from diffmoe.cells import load_rows
-from diffmoe.config import digest
+from diffmoe.config import digest, load_config
 from diffmoe.records import read_records
 from diffmoe.train import CONFIGS
 
@@ -13,6 +13,7 @@ RESULTS = ROOT / "results" / "cifar10"
 SCALE = CONFIGS / "cifar10.yaml"
 STALL_STEP, STALL_LOSS = 250, 0.5
 """A run has stalled when its diffusion loss at this step of 2,000 is above this; predicting nothing has more than 1."""
+MAIN_RATE = load_config([SCALE]).training.learning_rate
 REPEATED = 0.01
 """Relative difference of the distances of one configuration, seed and kind of GPU; README.md there states it."""
 
@@ -45,20 +46,16 @@ def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():
     assert all(max(distances) <= (1 + REPEATED) * min(distances) for distances in repeats), repeats
 
 
-def test_the_runs_of_the_rule_ran_again_bit_for_bit_but_for_diffmoe():
-    """README.md there says so, and why; a repetition with the compiler's fixed order is still to come."""
-    rule, main = (read_records(RESULTS / folder) for folder in ("learning_rate/records", "records"))
-    again = {(record.row, record.seed, record.environment["hardware"]): record for record in main
-             if record.training["steps"] == 2000}
-    changes = {}
-    for first in rule:
-        row, _, rate = first.row.rpartition("-")
-        second = again.get(({"ec": "ec-static"}.get(row, row), first.seed, first.environment["hardware"]))
-        if second and float(rate) == second.config["training"]["learning_rate"]:
-            same = all(one["mse"] == other["mse"] for (_, one), (_, other) in zip(
-                first.training["losses"], second.training["losses"], strict=True))
-            changes[row] = same, abs(second.metrics["distance"] / first.metrics["distance"] - 1)
-    assert changes.keys() == {"dense", "tc", "ec", "diffmoe", "expert-race"}
-    assert {row for row, (same, change) in changes.items() if same and change < 1e-10} == changes.keys() - {"diffmoe"}
-    same, change = changes["diffmoe"]
-    assert not same and change > REPEATED
+def test_trainings_that_ran_again_are_the_same_to_the_last_bit_but_for_two():
+    """README.md there says so. The diffusion loss of 1,000 steps; a predictor trained beside it changes nothing."""
+    logs = {}
+    for record in [*read_records(RESULTS / "records"), *read_records(RESULTS / "learning_rate" / "records")]:
+        if record.config["training"]["learning_rate"] == MAIN_RATE:
+            lines = tuple(line["mse"] for _, line in record.training["losses"][:40])
+            logs.setdefault((record.system, record.seed), {}).setdefault(lines, set()).add(record.environment["commit"])
+    again = {run for run, found in logs.items() if len(set().union(*found.values())) > 1}
+    assert again == {("dense", 0), ("token_choice", 0), ("expert_race", 0),
+                     ("expert_choice", 0), ("expert_choice", 1), ("diffmoe", 0), ("diffmoe", 1)}
+    # Both differ in runs made before the compiler's order was fixed; with it, one repeats the rule's run.
+    assert {run for run in again if len(logs[run]) > 1} == {("expert_choice", 1), ("diffmoe", 0)}
+    assert sorted(map(len, logs["diffmoe", 0].values())) == [1, 2]

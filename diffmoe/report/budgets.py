@@ -6,7 +6,9 @@ records of one budget need none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -95,12 +97,47 @@ def budgets_markdown(records: Sequence[Record]) -> str:
 
 Mean ± sd over seeds (their number). Scale {records[0].scale}. {protocol(records)}
 The budgets of a row are one training, whose averages were kept on the way.
-
+{_trained_anew(records)}
 {format_table([header, *cost_lines])}
 
 Training: from the start to the budget, a training that rows share counted once. All {len(records)} records, each
 training once to its largest budget: {total:.1f} minutes, one after another.
+
+{_trend(*list(budgets.values())[-2:])}"""
+
+
+def _trend(before: Sequence[Record], last: Sequence[Record]) -> str:
+    """Return how the distances fell from one budget to the next, and where a straight line leads."""
+    earlier = {(record.row, record.seed): record.metrics["distance"] for record in before}
+    factor = last[0].training["images"] / before[0].training["images"]
+    falls: dict[str, list[tuple[float, float]]] = {}
+    for record in sorted(last, key=lambda record: row_order(record.row)):
+        if (record.row, record.seed) in earlier:
+            distance = record.metrics["distance"]
+            fall = distance / earlier[record.row, record.seed]
+            falls.setdefault(record.label, []).append((math.log(fall) / math.log(factor), distance * fall))
+    steps = round(factor * last[0].training["steps"])
+    lines = [["system", "exponent", f"{steps:,} steps, if straight"]]
+    lines += [[label, *(f"{mean_sd(values)} ({len(found)})" for values in map(list, zip(*found, strict=True)))]
+              for label, found in falls.items()]
+    return f"""{format_table(lines)}
+
+Exponent: of the distance as a power of the training images, between the last two budgets, a seed at a time. If
+straight: the same power once more, which no run has tested; no distance falls below the floor, so the line is bold.
 """
+
+
+def _trained_anew(records: Sequence[Record]) -> str:
+    """Name the rows and seeds whose budgets are not of one training: their logs differ where both have lines."""
+    logs: dict[tuple[str, int], list[Any]] = {}
+    anew: dict[int, list[str]] = {}
+    for record in sorted(records, key=lambda record: row_order(record.row)):
+        lines = record.training["losses"]
+        known = logs.setdefault((record.row, record.seed), lines)
+        if any(one != other for one, other in zip(known, lines, strict=False)):
+            anew.setdefault(record.seed, []).append(record.label)
+    rows = "; ".join(f"seed {seed} of {', '.join(dict.fromkeys(labels))}" for seed, labels in sorted(anew.items()))
+    return f"Except for {rows}: trained again for a later budget, and not alike to the last bit.\n" if rows else ""
 
 
 def _heading(records: Sequence[Record]) -> str:

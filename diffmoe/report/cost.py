@@ -30,8 +30,8 @@ def cost_markdown(records: Sequence[Record]) -> str:
 
 Scale {scale}, means over seeds. {images} images are drawn and measured; a sweep does so at each threshold.
 Rows that share a checkpoint show its one training. Seconds are wall-clock time, on machines that may have had other
-work. Peak memory of one process: on a GPU that of tensors while the row ran; on a CPU the most that the process had
-held until then, earlier rows included. `-`: not recorded.{median}
+work. Peak memory of one process: on a GPU that of tensors while the row ran, in training if it was the one to train; on
+a CPU the most that the process had held until then, earlier rows included. `-`: not recorded.{median}
 
 All {len(records)} records, each training once: {sum(parts.values()) / 60:.1f} minutes ({total}), one after another.
 """

@@ -89,8 +89,8 @@ def summary(result: dict[str, Any]) -> str:
              for name, distance in distances.items()}
     lines |= {"KID x1000": f"{1000 * metrics['kid']:.4g} ± {1000 * metrics['kid_std']:.2g} over subsets",
              "precision": f"{metrics['precision']:.4f}", "recall": f"{metrics['recall']:.4f}"}
-    optional = {"sfid": "sFID", "class_accuracy": "class accuracy", "inception_score": "Inception score",
-                "nn_ratio": "nearest neighbours", "copied": "copied"}
+    optional = {"distance_se": "sampling error", "sfid": "sFID", "class_accuracy": "class accuracy",
+                "inception_score": "Inception score", "nn_ratio": "nearest neighbours", "copied": "copied"}
     lines |= {name: f"{metrics[key]:.4f}" for key, name in optional.items() if key in metrics}
     lines |= {"capacity C": f"{used['capacity']:.4f}",
               "activated parameters": f"{used['activated_params']:,.0f} by the paper's count, "

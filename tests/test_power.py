@@ -39,6 +39,17 @@ def test_the_page_states_each_spread_and_the_pooled_gaps() -> None:
         f"{100 * math.expm1(smallest_gap((variance, variance), seeds, 0.05)):.3g} %" for seeds in (2, 3, 5, 10))]]
 
 
+def test_the_error_of_sampling_stands_beside_the_spread_where_records_have_it() -> None:
+    records = with_logs("dense", [2.0, 2.02, 2.04]) + with_logs("tc", [2.0, 2.03])
+    assert "sampling error" not in power_markdown(records)
+    for record, share in zip(records, [0.01, 0.02], strict=False):  # of the first two
+        record.metrics["distance_se"] = share * record.metrics["distance"]
+    text = power_markdown(records)
+    assert text.count("Sampling error:") == 1 and "Pooled over the rows" in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]
+    assert [line[3] for line in lines[:3]] == ["sampling error", "-", f"{100 * math.sqrt(2.5e-4):.3g} %"]
+
+
 def test_a_pooled_gap_of_many_seeds_is_the_normal_approximation() -> None:
     # (z_.975 + z_.8) sqrt(2 / n) sd
     assert smallest_gap((0.02**2,) * 2, 500, 0.05) == pytest.approx((1.95996 + 0.84162) * math.sqrt(2 / 500) * 0.02,

@@ -1,6 +1,7 @@
 """Distances between generated and real images, all through torch-fidelity, all on the features of one extractor.
 
     distance            Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6)
+    distance_se         its standard error by the drawing of samples, see standard_error
     kid, kid_std        unbiased squared MMD with a cubic kernel, over subsets (Binkowski et al. 2018, section 4)
     precision, recall   share inside the other set's manifold of 3 neighbours (Kynkaanniemi et al. 2019, eq. 2)
     inception_score     Inception only (Salimans et al. 2016)
@@ -88,8 +89,8 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
         memorisation: compare features with `nearest_neighbours` too.
 
     Returns:
-        `distance`, `kid`, `kid_std`, `precision`, `recall`, `inception_score` where the extractor is Inception, and
-        `nn_ratio` and `copied` on demand.
+        `distance`, `distance_se`, `kid`, `kid_std`, `precision`, `recall`, `inception_score` where the extractor is
+        Inception, and `nn_ratio` and `copied` on demand.
 
     Raises:
         ConfigError: for inputs that do not fit, before any work; or weights that cannot be had.
@@ -103,8 +104,8 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
     with _one_line_errors(options):  # calculate_metrics, but that it keeps the features
         network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
         drawn, real = (extract_featuresdict_from_input_id_cached(number, network, **options) for number in (1, 2))
-        statistics = (fid_featuresdict_to_statistics_cached(features, name, network, layers["fid"], **options)
-                      for features, name in ((drawn, None), (real, options["input2_cache_name"])))
+        statistics = [fid_featuresdict_to_statistics_cached(features, name, network, layers["fid"], **options)
+                      for features, name in ((drawn, None), (real, options["input2_cache_name"]))]
         results = (fid_statistics_to_metric(*statistics, verbose=False)
                    | kid_featuresdict_to_metric(drawn, real, layers["kid"], **options)
                    | prc_features_to_metric(*(features[layers["prc"]].to(device) for features in (drawn, real)),
@@ -112,9 +113,37 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
         if "isc" in layers:
             results |= isc_featuresdict_to_metric(drawn, layers["isc"], **options)
     found = {name: results[key] for name, key in RESULTS.items() if key in results}
+    mean, covariance = (torch.from_numpy(statistics[1][part]) for part in ("mu", "sigma"))
+    found["distance_se"] = standard_error(drawn[layers["fid"]], mean, covariance)
     if memorisation:
         found |= nearest_neighbours(*(features[layers["fid"]].to(device) for features in (drawn, real)))
     return found
+
+
+def standard_error(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """Return how much a Frechet distance would scatter if as many other samples were drawn.
+
+    By the delta method: a sample's influence is the derivative of the distance by its weight, and the sd of the
+    influences over sqrt(N) the standard error. Samples of fixed classes scatter a little less.
+
+    Args:
+        features: of the samples (N, D).
+        mean, covariance: those of the reference, float64 (D,) and (D, D).
+    """
+    centred = features.double().cpu()
+    shift = centred.mean(0) - mean
+    centred = centred - centred.mean(0)
+    root = _power(covariance, 0.5)
+    transport = root @ _power(root @ centred.T.cov() @ root, -0.5) @ root  # half the derivative of the trace term
+    influence = centred @ (2 * shift) + (centred * (centred - centred @ transport)).sum(1)
+    return (influence.std() / len(features) ** 0.5).item()
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Return a power of a symmetric positive semi-definite matrix; directions without variance stay without."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    return (vectors[:, kept] * values[kept] ** exponent) @ vectors[:, kept].T
 
 
 def nearest_neighbours(samples: Tensor, reference: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import variance
+from statistics import fmean, variance
 
 from diffmoe.records import Record
 from diffmoe.report.comparison import ALPHA, POWER, smallest_gap
@@ -13,6 +13,10 @@ from diffmoe.report.table import group_rows
 from diffmoe.report.table1 import format_table
 
 SEEDS = (2, 3, 5, 10)
+SAMPLING_ERROR = """
+Sampling error: what one distance would scatter if other noise had been drawn for as many samples, by the delta method.
+All rows have the same noise and classes, so that what they share of it is in no difference between them.
+"""
 
 
 def row_variances(records: Sequence[Record]) -> dict[str, tuple[int, float | None]]:
@@ -31,9 +35,14 @@ def power_markdown(records: Sequence[Record]) -> str:
     """Return the section of the spread over seeds and of the gaps that it lets two rows show."""
     rows = row_variances(records)
     pooled = pooled_variance(list(rows.values()))
+    errors = {row: _sampling_error(same) for row, same in group_rows(records).items()}
     lines = [["row", "seeds", "spread over seeds"], *(
         [row, str(seeds), _percent(found and math.sqrt(found))] for row, (seeds, found) in rows.items())]
     text = f"## What these seeds can show\n\n{format_table(lines)}\n"
+    if any(errors.values()):
+        for line, cell in zip(lines, ["sampling error", *map(_percent, errors.values())], strict=True):
+            line.append(cell)
+        text = f"## What these seeds can show\n\n{format_table(lines)}\n{SAMPLING_ERROR}"
     if not pooled:  # one seed, or no spread
         return text
     gaps = [_percent(math.expm1(smallest_gap((pooled, pooled), seeds, ALPHA))) for seeds in SEEDS]
@@ -45,6 +54,13 @@ power {POWER}:
 
 {format_table([["seeds a row", *map(str, SEEDS)], ["smallest gap", *gaps]])}
 """
+
+
+def _sampling_error(records: Sequence[Record]) -> float | None:
+    """Return the root mean square of the records' standard errors over their distances."""
+    shares = [record.metrics["distance_se"] / record.metrics["distance"] for record in records
+              if "distance_se" in record.metrics]
+    return math.sqrt(fmean(share**2 for share in shares)) if shares else None
 
 
 def _percent(share: float | None) -> str:

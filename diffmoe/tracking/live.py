@@ -84,7 +84,7 @@ class _Task(Protocol):
 def add_track_option(parser: argparse.ArgumentParser) -> None:
     """Give a command line the option `--track`."""
     parser.add_argument("--track", metavar="URI", default=os.environ.get("MLFLOW_TRACKING_URI"),
-                        help="MLflow server or SQLite file that is told (default: $MLFLOW_TRACKING_URI; without it none)")
+                        help="MLflow server or SQLite file that is told (default: $MLFLOW_TRACKING_URI, if set)")
 
 
 class Tracker:

@@ -23,7 +23,7 @@ def trial_minutes(cells: Sequence[Cell], records: Sequence[Record], store: Store
         return None
     first = cells[0]
     seconds = 0.0
-    if not (store.run_folder(first, data) / "ema.safetensors").exists():
+    if not store.is_trained(first, data):
         seconds = first.row.config.training.num_images * _typical(
             first, records, lambda record: record.training["seconds"] / record.training["images"])
     for cell in cells:

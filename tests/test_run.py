@@ -134,6 +134,22 @@ def test_a_budget_is_what_a_shorter_run_gives_and_the_run_goes_on_from_it(tmp_pa
     assert all(torch.equal(value, expected[name]) for name, value in chosen.model(CPU).state_dict().items())
 
 
+def test_a_crash_behind_a_budget_takes_nothing_from_its_log(tmp_path):
+    whole = digits_config("dense", *SMALL, "training.budgets=[800]")  # step 50, where the log has a line
+
+    def crash(step, losses):
+        assert step < 55, "crash"
+
+    with pytest.raises(AssertionError, match="crash"):
+        train(tmp_path, whole, progress=crash)
+    crashed = train(tmp_path, replace(whole, evaluation=replace(whole.evaluation, budget_images=800)))
+    before = crashed.losses()
+    assert [step for step, _ in before] == [25, 50]
+    with pytest.raises(Interrupted):
+        train(tmp_path, whole, deadline=0.0)  # it goes on, which cuts the log back to where it starts
+    assert crashed.losses() == before
+
+
 def test_an_interrupted_run_to_a_budget_stops_there_too(tmp_path):
     config = digits_config("diffmoe", *SMALL, "training.budgets=[320]", "evaluation.budget_images=320")
     with pytest.raises(Interrupted):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -31,6 +34,18 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         return 0 if stop.signum is None else 128 + stop.signum
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Say whether the output goes to a pipe whose reader has ended, as `head` does when it has enough."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 class TrainingBar:

@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true",
-                        help="list the missing cells; without published records also what rows cost on a GPU")
+                        help="list the missing cells; of several tables, or without published records, what rows cost "
+                             "on a GPU")
     parser.add_argument("--gpus", type=int, default=8, metavar="N",
                         help="with --dry-run: GPUs that memory is stated for (default: 8)")
     parser.add_argument("--publish", action="store_true",
@@ -87,10 +88,10 @@ def main(arguments: list[str]) -> int:
     if options.publish:
         return publish(store, published)
     tables = [load_rows(path, scale, options.overrides) for path in options.rows]
-    if options.dry_run and not (published / "records").is_dir():
+    if options.dry_run and (len(tables) > 1 or not (published / "records").is_dir()):
         named = dict(zip(map(str, options.rows), tables, strict=True))
         print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
-        if tables[0][0].config.data.name == LATENTS:  # to list the cells would need them
+        if len(tables) > 1 or tables[0][0].config.data.name == LATENTS:  # to list the cells would need them
             return 0
     require(len(tables) == 1, "--rows", len(tables), "give one file: a table is one protocol in one folder (--out)")
     rows = at_budgets(tables[0])

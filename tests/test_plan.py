@@ -103,3 +103,6 @@ def test_a_dry_run_needs_no_data_and_more_than_one_table_is_for_a_dry_run_only(c
         reproduce.main([*arguments, "--scale", "imagenet256"])
     with pytest.raises(ConfigError, match=r"data.path"):
         reproduce.main([*arguments[:2], "--scale", "imagenet256"])
+    small = [word for name in ("table1", "sizes") for word in ("--rows", str(BASELINES / f"{name}.yaml"))]
+    assert reproduce.main([*small, "--scale", "digits", "--dry-run"]) == 0  # where records are published, too
+    assert "sizes.yaml" in capsys.readouterr().out

@@ -195,7 +195,7 @@ class _Run:
                 self.world.from_main(None)  # nobody leaves before it is saved: torchrun would end the rest
                 raise Interrupted(signals.received)
             if self.config.evaluation.budget_images is not None:
-                self._save(final=True)  # first: a restart goes on from here, and does not cut the log of what is trained
+                self._save(final=True)  # first: a restart goes on from here and cuts no line of what is trained
             description = self._keep_averages(self.config.evaluation.budget_images)
         if signals.received is not None:  # too late for the training, not for what comes after it
             raise Interrupted(signals.received)

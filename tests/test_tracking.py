@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import one_line
-from fake_records import NUM_CALLS, fake_record, fake_records
+from fake_records import NUM_CALLS, at_budget, fake_record, fake_records
 
 from diffmoe.config import ConfigError
 from diffmoe.records import read_records
@@ -89,6 +90,18 @@ def test_values_are_those_of_the_record(store: Path) -> None:
     calls = client.get_metric_history(run.info.run_id, "capacity_by_call")
     assert [point.step for point in calls] == list(range(1, NUM_CALLS + 1))
     assert [point.value for point in calls] == record.activation["capacity_by_call"]
+
+
+def test_the_budgets_of_a_row_are_told_apart_and_have_the_axes_of_cost(tmp_path: Path) -> None:
+    whole = fake_record("dense", 0)
+    whole = replace(whole, config=whole.config | {"training": whole.config["training"] | {"budgets": [8000]}},
+                    training=whole.training | {"images_per_second": 3200.0})
+    publish([whole, at_budget(whole, 8000)], tmp_path / "mlflow.db")
+    runs = {run.info.run_name: run.data.metrics for run in children(tmp_path / "mlflow.db").values()}
+    assert runs.keys() == {"dense 62 steps seed 0", "dense 1000 steps seed 0"}
+    assert runs["dense 62 steps seed 0"]["training_images"] == 8000
+    assert runs["dense 1000 steps seed 0"]["images_per_second"] == 3200
+    assert runs["dense 1000 steps seed 0"]["training_minutes"] == pytest.approx(128_000 / 3200 / 60)
 
 
 def test_the_record_and_the_figures_are_artifacts_beside_the_store(store: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.records import Record
+from diffmoe.report.cost import images_per_second, training_minutes
 from diffmoe.tracking.store import (
     BATCH,
     EXPERIMENT,
@@ -82,8 +83,9 @@ def record_metrics(record: Record, losses: Sequence[str]) -> list[tuple[str, flo
     """Return a run's metrics as (name, value, step): final ones at step 0, losses by step, capacity by call."""
     activation = record.activation
     final = record.metrics | {name: value for name, value in activation.items() if isinstance(value, int | float)}
-    final |= {"training_seconds": record.training["seconds"], "sampling_seconds": record.sampling["seconds"],
-              "images_per_second": record.training["images"] / max(record.training["seconds"], 1e-9)}
+    final |= {"training_images": record.training["images"], "training_seconds": record.training["seconds"],
+              "training_minutes": training_minutes(record), "images_per_second": images_per_second(record),
+              "sampling_seconds": record.sampling["seconds"]}
     points = [(name, float(value), 0) for name, value in final.items()]
     points += [(f"loss.{name}", values.get(name, 0.0), step) for step, values in record.training["losses"]
                for name in losses]
@@ -99,7 +101,8 @@ def _publish_record(client: MlflowClient, experiment_id: str, parent_id: str, re
             "training_id": training_id(record.training_digest, record.seed, record.data["digest"]),
             "distance": record.evaluation["distance_name"],
             "commit": str(record.environment.get("commit", "")), "dirty": str(record.environment.get("dirty", ""))}
-    run = client.create_run(experiment_id, tags=tags, run_name=f"{record.row} seed {record.seed}")
+    steps = f" {record.training['steps']} steps" if record.config["training"].get("budgets") else ""
+    run = client.create_run(experiment_id, tags=tags, run_name=f"{record.row}{steps} seed {record.seed}")
     run_id, now = run.info.run_id, run.info.start_time
     params = [Param(key, value) for key, value in record_params(record, names).items()]
     metrics = [Metric(name, value, now, step) for name, value, step in record_metrics(record, losses)]

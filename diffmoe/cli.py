@@ -25,7 +25,9 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     answered by saving itself, 128 and its number.
     """
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -80,7 +80,8 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
                 while len(running) < jobs and (
                         cell := _next(waiting, [cell for cell, _ in running.values()], is_trained)):
                     waiting.remove(cell)
-                    (gpu, _), = (processes - Counter(gpu for _, gpu in running.values())).most_common(1)
+                    busy = Counter(gpu for _, gpu in running.values())
+                    gpu = min((gpu for gpu in processes if busy[gpu] < processes[gpu]), key=busy.__getitem__)
                     running[pools[gpu].submit(_run_cell, cell)] = cell, gpu
                 done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 _pass_on(told, watch)

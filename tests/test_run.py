@@ -150,6 +150,17 @@ def test_a_crash_behind_a_budget_takes_nothing_from_its_log(tmp_path):
     assert crashed.losses() == before
 
 
+def test_a_crash_between_a_budgets_checkpoint_and_its_averages_loses_neither(tmp_path, monkeypatch):
+    whole = digits_config("dense", *SMALL, "training.budgets=[320]")  # step 20, where the log has no line
+    with monkeypatch.context() as patched:
+        patched.setattr("diffmoe.training.run.save_weights", lambda *arguments: (_ for _ in ()).throw(OSError("No space left")))
+        with pytest.raises(ConfigError, match="No space left"):
+            train(tmp_path, whole)
+    assert newest(tmp_path)["step"] == 20
+    train(tmp_path, whole)
+    assert load_weights(tmp_path / average_file(budget_images=320))[1]["step"] == 20
+
+
 def test_an_interrupted_run_to_a_budget_stops_there_too(tmp_path):
     config = digits_config("diffmoe", *SMALL, "training.budgets=[320]", "evaluation.budget_images=320")
     with pytest.raises(Interrupted):

@@ -92,10 +92,11 @@ def test_each_process_has_a_gpu_of_its_own_of_those_that_the_user_left(rows, mon
 
 
 @pytest.mark.usefixtures("forked")
-def test_cells_fewer_than_processes_are_spread_over_the_gpus(rows, monkeypatch):
+@pytest.mark.parametrize(("jobs", "count", "used"), [(8, 4, ["5", "5", "7", "7"]), (3, 2, ["5", "7"])])
+def test_cells_fewer_than_processes_are_spread_over_the_gpus(rows, monkeypatch, jobs, count, used):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    cells = [Cell(rows[0], seed) for seed in range(4)]
-    assert sorted(run_cells(cells, own_gpu, 8, lambda *_: None)) == ["5", "5", "7", "7"]
+    cells = [Cell(rows[0], seed) for seed in range(count)]
+    assert sorted(run_cells(cells, own_gpu, jobs, lambda *_: None)) == used
 
 
 def when_trained(cell, progress, folder):

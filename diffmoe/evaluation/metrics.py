@@ -134,7 +134,7 @@ def standard_error(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
     shift = centred.mean(0) - mean
     centred = centred - centred.mean(0)
     root = _power(covariance, 0.5)
-    transport = root @ _power(root @ centred.T.cov() @ root, -0.5) @ root  # half the derivative of the trace term
+    transport = root @ _power(root @ centred.T.cov() @ root, -0.5) @ root  # the derivative of the trace term
     influence = centred @ (2 * shift) + (centred * (centred - centred @ transport)).sum(1)
     return (influence.std() / len(features) ** 0.5).item()
 

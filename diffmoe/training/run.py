@@ -166,6 +166,8 @@ class _Run:
         values: dict[str, float] = {}
         stop = False
         with self.losses, self.events, Signals() as signals:
+            if trainer.step in passed:  # a process that died had saved this step, perhaps not its averages
+                self._keep_averages(passed[trainer.step])
             if trainer.step == 0:
                 self._save()  # now is when to learn that the disk is full
             with Heartbeat(self.world, HANG_S) as heart, contextlib.ExitStack() as held:
@@ -185,6 +187,7 @@ class _Run:
                             last_save = time.monotonic()
                         heart.start()
                     if trainer.step in passed:
+                        self._notice()
                         self._save(final=True)  # as below
                         self._keep_averages(passed[trainer.step])
                     progress(trainer.step, values)

@@ -152,8 +152,12 @@ def test_a_crash_behind_a_budget_takes_nothing_from_its_log(tmp_path):
 
 def test_a_crash_between_a_budgets_checkpoint_and_its_averages_loses_neither(tmp_path, monkeypatch):
     whole = digits_config("dense", *SMALL, "training.budgets=[320]")  # step 20, where the log has no line
+
+    def full(*arguments):
+        raise OSError("No space left")
+
     with monkeypatch.context() as patched:
-        patched.setattr("diffmoe.training.run.save_weights", lambda *arguments: (_ for _ in ()).throw(OSError("No space left")))
+        patched.setattr("diffmoe.training.run.save_weights", full)
         with pytest.raises(ConfigError, match="No space left"):
             train(tmp_path, whole)
     assert newest(tmp_path)["step"] == 20

@@ -283,7 +283,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with ExitStack() as held:
-        # One turn from training's first look on: given up between, it comes back after other cells' whole trainings.
+        # One turn from training's first steps on: given up between, it comes back after other cells' whole trainings.
         take_turn = functools.cache(lambda: nullcontext(held.enter_context(turn())))
         run = train_run(config, cell.seed, data, folder, device, deadline=deadline, turn=take_turn, progress=progress)
         release_memory(device)

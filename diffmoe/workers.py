@@ -53,8 +53,8 @@ def run_cells(cells: Sequence[Cell], run: RunCell, jobs: int, watch: Watch, thre
         run: goes to each process once, with all that it holds.
         jobs: processes; with 1 everything runs in this one.
         watch: called in this process.
-        is_trained: says whether the network that a cell measures is there.
         threads: of the CPU, for each process.
+        is_trained: says whether the network that a cell measures is there.
 
     Raises:
         ConfigError: as the cells do, or when a process died; the others save themselves and stop first.

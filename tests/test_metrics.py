@@ -18,13 +18,7 @@ from diffmoe.config import ConfigError
 from diffmoe.data.images import ImageData, seeded_generator
 from diffmoe.evaluation import extractors, metrics
 from diffmoe.evaluation.extractors import ImageFeatures, distance_name
-from diffmoe.evaluation.metrics import (
-    fidelity_options,
-    measure,
-    nearest_neighbours,
-    sampling_floor,
-    standard_error,
-)
+from diffmoe.evaluation.metrics import fidelity_options, measure, nearest_neighbours, sampling_floor, standard_error
 from diffmoe.evaluation.train_digits64 import digits
 
 CPU = torch.device("cpu")
@@ -96,7 +90,7 @@ def test_grey_images_measure_as_the_same_images_in_three_channels(tmp_path):
     assert run(a, b, tmp_path) == run(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1), tmp_path)
 
 
-def test_the_standard_error_is_what_a_distance_scatters_when_drawn_again(tmp_path):
+def test_the_standard_error_is_what_a_distance_scatters_when_drawn_again():
     """Features of known Gaussians: the sd over 300 draws is known to 4 %, and the estimate is first order."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.eye(6) + 0.4 * torch.randn(6, 6, generator=generator) for _ in range(2))

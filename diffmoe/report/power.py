@@ -36,13 +36,14 @@ def power_markdown(records: Sequence[Record]) -> str:
     rows = row_variances(records)
     pooled = pooled_variance(list(rows.values()))
     errors = {row: _sampling_error(same) for row, same in group_rows(records).items()}
-    lines = [["row", "seeds", "spread over seeds"], *(
-        [row, str(seeds), _percent(found and math.sqrt(found))] for row, (seeds, found) in rows.items())]
-    text = f"## What these seeds can show\n\n{format_table(lines)}\n"
+    columns = [["row", *rows], ["seeds", *(str(seeds) for seeds, _ in rows.values())],
+               ["spread over seeds", *(_percent(found and math.sqrt(found)) for _, found in rows.values())]]
+    explained = ""
     if any(errors.values()):
-        for line, cell in zip(lines, ["sampling error", *map(_percent, errors.values())], strict=True):
-            line.append(cell)
-        text = f"## What these seeds can show\n\n{format_table(lines)}\n{SAMPLING_ERROR}"
+        columns.append(["sampling error", *map(_percent, errors.values())])
+        explained = SAMPLING_ERROR
+    lines = list(map(list, zip(*columns, strict=True)))
+    text = f"## What these seeds can show\n\n{format_table(lines)}\n{explained}"
     if not pooled:  # one seed, or no spread
         return text
     gaps = [_percent(math.expm1(smallest_gap((pooled, pooled), seeds, ALPHA))) for seeds in SEEDS]

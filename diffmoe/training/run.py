@@ -121,12 +121,17 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
 
 def is_trained(config: RunConfig, folder: Path) -> bool:
     """Say whether the folder holds the network at the budget of `config`, or at the end."""
-    return (folder / average_file(budget_images=config.evaluation.budget_images)).exists()
+    return _average_of(config, folder).exists()
+
+
+def _average_of(config: RunConfig, folder: Path) -> Path:
+    """Return the file that is written last, when the run has got to the budget of `config`."""
+    return folder / average_file(budget_images=config.evaluation.budget_images)
 
 
 def _finished(config: RunConfig, folder: Path, world: World, identity: dict[str, Any]) -> TrainedRun | None:
-    path = folder / average_file(budget_images=config.evaluation.budget_images)
-    description = world.from_main(load_weights(path)[1] if world.is_main and is_trained(config, folder) else None)
+    path = _average_of(config, folder)
+    description = world.from_main(load_weights(path)[1] if world.is_main and path.exists() else None)
     if description is None:
         return None
     _check_identity(path, description, identity)
@@ -166,8 +171,10 @@ class _Run:
         values: dict[str, float] = {}
         stop = False
         with self.losses, self.events, Signals() as signals:
-            if trainer.step in passed:  # a process that died had saved this step, perhaps not its averages
-                self._keep_averages(passed[trainer.step])
+            if trainer.step in passed:  # a process that died may have saved this step and not its averages
+                kept = self.folder / average_file(budget_images=passed[trainer.step])
+                if not self.world.from_main(kept.exists()):
+                    self._keep_averages(passed[trainer.step])
             if trainer.step == 0:
                 self._save()  # now is when to learn that the disk is full
             with Heartbeat(self.world, HANG_S) as heart, contextlib.ExitStack() as held:

@@ -176,7 +176,8 @@ def estimate(groups: list[list[Cell]], jobs: int, published: Path) -> str:
         return "no published record to estimate the time from"
     total = sum(max(mean(training[key]) for key in group) + sum(mean(measuring[key]) for key in group)
                 for group in keys)
-    return f"about {total / jobs / 60:.0f} min where the published records were made"
+    chains = max(1, min(jobs, len(groups)))  # a group's training is one process's
+    return f"about {total / chains / 60:.0f} min where the published records were made"
 
 
 def scales() -> list[str]:

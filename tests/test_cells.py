@@ -155,7 +155,8 @@ def test_the_time_of_what_is_missing_is_that_of_records_of_its_own_budget(rows, 
     config = replace(rows["dense"].config, training=replace(rows["dense"].config.training, budgets=(32,)))
     short, whole = (Cell(row, 0) for row in at_budgets([replace(rows["dense"], config=config)]))
     for group, minutes in (([short], 2), ([short, whole], 5), ([whole], 4)):
-        assert f"about {minutes} min" in reproduce.estimate([group], 1, tmp_path)
+        for jobs in (1, 2):  # one training is one process's
+            assert f"about {minutes} min" in reproduce.estimate([group], jobs, tmp_path)
     assert "no published record" in reproduce.estimate([[Cell(rows["tc"], 0)]], 1, tmp_path)
 
 

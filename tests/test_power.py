@@ -12,6 +12,7 @@ from fake_records import fake_records
 from diffmoe.records import Record
 from diffmoe.report.comparison import smallest_gap
 from diffmoe.report.power import pooled_variance, power_markdown, row_variances
+from diffmoe.report.table import results_table
 from diffmoe.report.verdicts import verdicts_markdown
 
 
@@ -44,6 +45,7 @@ def test_the_error_of_sampling_stands_beside_the_spread_where_records_have_it() 
     assert "sampling error" not in power_markdown(records)
     for record, share in zip(records, [0.01, 0.02], strict=False):  # of the first two
         record.metrics["distance_se"] = share * record.metrics["distance"]
+    assert "distance se" not in results_table(records)[0]  # this page has it
     text = power_markdown(records)
     assert text.count("Sampling error:") == 1 and "Pooled over the rows" in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]

@@ -25,7 +25,7 @@ ROW_ORDER = ("tc", "dense", "ec-static", "ec-dynamic", "diffmoe-static", "diffmo
              "dense-large")
 """Lines of the table from the top; rows of other names follow in alphabetical order."""
 BASELINE = "dense"
-CORE_METRICS = ("distance", "kid", "kid_std", "precision", "recall")
+CORE_METRICS = ("distance", "distance_se", "kid", "kid_std", "precision", "recall")
 DISTANCES = ("FD-", "FID")
 """How the names of distances begin; see `distance_name`."""
 MEASURED = ("capacity", "activated_params", "activated_params_strict", "gflops", "total_params")

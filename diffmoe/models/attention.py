@@ -1,13 +1,13 @@
-"""Self-attention over an image's tokens; for few tokens in bf16 on a GPU a kernel that reads q, k, v where they lie.
+"""Self-attention over an image's tokens; in bf16 on a GPU by kernels that read q, k, v where the projection left them.
 
-A library kernel wants q, k and v apart and returns their gradients apart, which are then copied together; its
-backward makes three passes. With T <= 128 tokens one program holds a head of an image whole: one pass forward, one
-backward (probabilities are computed again), in a fixed order.
+A library kernel wants q, k and v apart and returns their gradients apart, which are then copied together, and its
+bias's gradient is a pass of its own; for few tokens it also makes three passes backward where one is enough.
 Shapes: B samples, T tokens, H heads, K their width, D = H K.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
 if HAS_TRITON:
-    from diffmoe.models.attention_kernels import packed_attention
+    from diffmoe.models.attention_kernels import WHOLE, packed_attention
 
-FUSED_TOKENS = (16, 32, 64, 128)
+FUSED_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 FUSED_HEAD_WIDTHS = (16, 32, 64, 128)
 
 
@@ -33,9 +33,12 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
         if self._is_fused(x_BTD):
-            return self.proj(packed_attention(F.linear(x_BTD, self.qkv.weight), self.qkv.bias, self.num_heads))
+            out_BTD, _ = packed_attention(F.linear(x_BTD, self.qkv.weight), self.qkv.bias, self.num_heads)
+            return self.proj(out_BTD)
         q, k, v = rearrange(self.qkv(x_BTD), "b t (n h k) -> n b h t k", n=3, h=self.num_heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))
 
     def _is_fused(self, x_BTD: Tensor) -> bool:
-        return kernels_apply(x_BTD) and x_BTD.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS
+        if not (kernels_apply(x_BTD) and x_BTD.shape[1] in FUSED_TOKENS and self.head_dim in FUSED_HEAD_WIDTHS):
+            return False
+        return torch.is_grad_enabled() or x_BTD.shape[1] <= WHOLE  # forward alone the library's is faster beyond

@@ -257,7 +257,7 @@ def test_costs_in_closed_form() -> None:
     assert attention_costs(model, 2)[0] == 3 * (128 * 8 * 48**2 + 128 * 4 * 64 * 48)
     assert feed_forward_costs(model, 100, 4) == (3 * 4 * 100 * 48 * 192, 3 * 2 * 100 * 480 + 8 * 2 * 4 * 48 * 192)
     router = torch.nn.Sequential(torch.nn.Linear(48, 4))
-    assert routing_costs(router, model, 2) == (6 * 128 * 48 * 4, 12 * 128 * 52)
+    assert routing_costs(router, model, 2) == (6 * 128 * 48 * 4, 3 * 128 * (2 * 48 + 4 * 4))
 
 
 MODEL = """

@@ -105,12 +105,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference-systems", default="diffmoe", help="(default: diffmoe)")
     parser.add_argument("--reference-precisions", help="tf32 (as shipped), bf16 (under autocast)")
     parser.add_argument("--expert-load", type=Path, help="record of a trained mixture whose load a second run imitates")
-    parser.add_argument("--parts", action="store_true", help="take our training steps apart")
+    parser.add_argument("--parts", nargs="?", const="all", choices=["all", "whole"],
+                        help="take our training steps apart (whole: time forward and backward alone)")
     parser.add_argument("--profile", action="store_true", help="write the top kernels of each case to a text file")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (always so on a CPU)")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="of ours (default: bf16; fp32 on a CPU)")
     parser.add_argument("--sampling-steps", type=int, help="Euler steps (default: 50; 4 on a CPU)")
+    parser.add_argument("--sampling-batches", type=int, default=2, help="batches that a call samples (default: 2)")
     parser.add_argument("--rounds", type=int, help="visits of each case (default: 3; 2 on a CPU)")
     parser.add_argument("--visit", type=float, help="seconds of a visit (default: 1; 0.5 on a CPU)")
     parser.add_argument("--peak-tflops", type=float, help="what MFU is relative to (default: 989 on H100 and H200)")
@@ -126,12 +128,12 @@ def _settings(options: argparse.Namespace, device: torch.device) -> Settings:
     for name, value in DEFAULTS[device.type].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    for name in ("sampling_steps", "rounds", "visit", "time_budget"):
+    for name in ("sampling_steps", "sampling_batches", "rounds", "visit", "time_budget"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: use a number above 0")
     compiles = options.compile or (device.type == "cuda" and not options.eager)
     return Settings(compile=compiles, precision=Precision(options.precision), sampling_steps=options.sampling_steps,
-                    rounds=options.rounds, visit_seconds=options.visit)
+                    sampling_batches=options.sampling_batches, rounds=options.rounds, visit_seconds=options.visit)
 
 
 def _new_record(options: argparse.Namespace, settings: Settings, device: torch.device, *, largest: bool,

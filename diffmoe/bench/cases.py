@@ -19,8 +19,6 @@ SYSTEM_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "baselines" / "configs")
 WORK = ("train", "sample", "forward")
 SMALLER_BATCHES = {"L": 128, "XL": 64, "XXL": 32, "XXXL": 32}
 """Images a training step where the workload's own batch does not fit one 80 GB GPU."""
-SAMPLING_BATCHES = 2
-"""Sampling batches of one call: `sample_images` compiles for no fewer, and draws noise while the device works."""
 NUM_IMAGES = {"cuda": 50_000, "cpu": 256}
 LARGEST = 0
 """As a batch: the largest power of two, times the workload's own, that fits."""
@@ -37,18 +35,20 @@ class Case:
     system: str
     """dense, diffmoe, or the name of another system's YAML file."""
     work: str
-    """train: the whole step. sample: all steps of SAMPLING_BATCHES batches. forward: one call of the network."""
+    """train: the whole step. sample: all steps of some batches. forward: one call of the network."""
     batch: int
     """Images of a step, a sampling batch or a forward."""
     load: str = ""
     """Load of the experts in dynamic inference: `balanced`, or `skewed` as in a record. Empty: not dynamic."""
     implementation: str = "ours"
     """ours, reference-tf32 or reference-bf16."""
+    sampling_batches: int = 2
+    """Batches of one call to sample: `sample_images` compiles for no fewer than two, and its start is shared by all."""
 
     @property
     def images(self) -> int:
         """Return the images of a call."""
-        return self.batch * (SAMPLING_BATCHES if self.work == "sample" else 1)
+        return self.batch * (self.sampling_batches if self.work == "sample" else 1)
 
     @property
     def name(self) -> str:
@@ -67,6 +67,8 @@ class Settings:
     precision: Precision
     sampling_steps: int
     """Integrator steps of one sampling batch."""
+    sampling_batches: int = 2
+    """Sampling batches of one call."""
     rounds: int
     """Visits of each case; the cases that fit in memory together take turns."""
     visit_seconds: float
@@ -138,7 +140,7 @@ def list_groups(workload: str, sizes: Sequence[str], systems: Sequence[str], wor
         for kind in work:
             for batch in batches or (own_batch(workload, size, kind),):
                 first = Case(workload=workload, size="-E".join(map(str, split_size(size))), system="", work=kind,
-                             batch=batch)
+                             batch=batch, sampling_batches=settings.sampling_batches)
                 pairs = [(system, "ours") for system in systems] + list(references)
                 cases = [dataclasses.replace(first, system=system, implementation=implementation)
                          for system, implementation in pairs]

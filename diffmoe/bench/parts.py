@@ -28,6 +28,8 @@ from diffmoe.training.precision import autocast
 from diffmoe.training.trainer import Trainer
 
 VISIT_SECONDS = 0.3
+WHOLE = "forward and backward"
+"""The part that is not a part: what the network's parts add up to."""
 Forward = Callable[[], Any]
 """Returns tensors, or a tree of them, to go backward from."""
 
@@ -49,13 +51,19 @@ class Part:
     """For what has no backward: the work itself."""
 
 
-def time_parts(trainer: Trainer) -> list[dict[str, Any]]:
+def time_parts(trainer: Trainer, only: str | None = None) -> list[dict[str, Any]]:
     """Return `name`, `count`, `ms` (of one time), `flops`, `bytes` and `how` of each part; `error` for one that failed.
+
+    Args:
+        trainer: whose step is taken apart.
+        only: the name of a single part to time.
 
     The trainer is of no use for training afterwards: optimiser and average have moved without new gradients.
     """
     found = []
     for part in list_parts(trainer):
+        if only not in (None, part.name):
+            continue
         line: dict[str, Any] = {"name": part.name, "count": part.count, "flops": part.flops, "bytes": part.bytes}
         try:
             call, how = (part.call, "as in the step") if part.call else _forward_backward(part, trainer)
@@ -72,9 +80,9 @@ def list_parts(trainer: Trainer) -> list[Part]:
     """Return the parts of this trainer's step."""
     config, batch = trainer.config.model, trainer.micro_batch
     inputs = _layer_inputs(trainer)
-    moe = trainer.model.moe_layers()
+    moe = trainer.network.moe_layers()
     dense = [index for index in range(config.depth) if index not in moe]
-    block = trainer.model.blocks[-1]  # the first has no residual yet
+    block = trainer.network.blocks[-1]  # the first has no residual yet
     parts = [
         Part("attention", config.depth, *attention_costs(config, batch),
              work=lambda: _alone(block.attn, inputs["attention"])),
@@ -82,7 +90,7 @@ def list_parts(trainer: Trainer) -> list[Part]:
              work=lambda: _without_inner(block, inputs["block"])),
     ]
     if dense:
-        ffn = trainer.model.blocks[dense[0]].ffn
+        ffn = trainer.network.blocks[dense[0]].ffn
         parts.append(Part("dense feed-forward", len(dense), *feed_forward_costs(config, batch * config.num_tokens, 1),
                           work=lambda: _alone(ffn, inputs["dense"])))
     if moe:
@@ -94,19 +102,27 @@ def list_parts(trainer: Trainer) -> list[Part]:
             Part("expert products", len(moe), *feed_forward_costs(config, rows, config.moe.num_experts),
                  work=lambda: _experts(layer, inputs["moe"])),
         ]
-    num = sum(parameter.numel() for parameter in trainer.model.parameters())
-    decay = trainer.config.training.ema_decay(trainer.step + 1)
     tensors = trainer.batch(0)
     step = (tensors.images, tensors.labels, tensors.noise, tensors.times)
     pixels = tensors.images.numel()
     return [
-        # AdamW reads weight, gradient and both moments and writes all but the gradient: 28 bytes
-        Part("optimiser", 1, 15 * num, 28 * num, call=trainer.optimizer.step),
-        Part("average", 1, 3 * num, 12 * num, call=lambda: trainer.ema.update(trainer.model, decay)),
+        *_update_parts(trainer),
         Part("data", 1, 2 * pixels, 9 * pixels, call=lambda: trainer.batch(1)),
         *parts,
-        Part("forward and backward", 1, 0.0, 0.0, call=lambda: trainer.gradients(*step)),
+        Part(WHOLE, 1, 0.0, 0.0, call=lambda: trainer.gradients(*step)),
     ]
+
+
+def _update_parts(trainer: Trainer) -> list[Part]:
+    num = sum(parameter.numel() for parameter in trainer.model.parameters())
+    decay = trainer.config.training.ema_decay(trainer.step + 1)
+    if (one_pass := trainer.one_pass) is not None:  # the weight is read once for both
+        norm, broken = torch.ones((), device=trainer.device), torch.zeros((), dtype=torch.bool, device=trainer.device)
+        return [Part("optimiser and average", 1, 18 * num, 36 * num,
+                     call=lambda: one_pass.step(norm, broken, [1 - decay]))]
+    # AdamW reads weight, gradient and both moments and writes all but the gradient: 28 bytes
+    return [Part("optimiser", 1, 15 * num, 28 * num, call=trainer.optimizer.step),
+            Part("average", 1, 3 * num, 12 * num, call=lambda: trainer.ema.update(trainer.model, decay))]
 
 
 def attention_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
@@ -135,7 +151,8 @@ def routing_costs(router: nn.Module, config: ModelConfig, batch: int) -> tuple[f
     tokens, width = batch * config.num_tokens, config.hidden_size
     matrices = sum(module.weight.numel() for module in router.modules() if isinstance(module, nn.Linear))
     wide = sum(module.out_features for module in router.modules() if isinstance(module, nn.Linear))
-    return 6.0 * tokens * matrices, 3 * 4 * tokens * (width + wide)
+    # tokens are bf16, what becomes of them float32: in forward, in and out again backward
+    return 6.0 * tokens * matrices, 3 * tokens * (2 * width + 4 * wide)
 
 
 def modulation_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
@@ -153,7 +170,7 @@ def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
     def keep(name: str) -> Callable:
         return lambda module, inputs: seen.setdefault(name, inputs)
 
-    model = trainer.model
+    model = trainer.network
     moe = model.moe_layers()
     watched: dict[str, nn.Module] = {"attention": model.blocks[-1].attn, "block": model.blocks[-1]}
     dense = [block.ffn for index, block in enumerate(model.blocks) if index not in moe]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.bench.capacity import drawn_model
-from diffmoe.bench.cases import SAMPLING_BATCHES, Case
+from diffmoe.bench.cases import Case
 from diffmoe.bench.subjects import Shared, network_inputs, training_facts
 from diffmoe.config import ConfigError, ModelConfig, RunConfig
 from diffmoe.convert import to_reference
@@ -140,6 +140,7 @@ class ReferenceSubject:
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared, reference: Reference) -> None:
         self.config, self.device, self.work = config, shared.device, case.work
+        self.sampling_batches = case.sampling_batches
         self.bf16 = PRECISIONS[case.implementation]
         inference = case.work != "train"
         ours = (shared.inference_model(case, config) if inference else
@@ -187,7 +188,7 @@ class ReferenceSubject:
                     if self.work == "forward":
                         return self.model(noise, times, labels)
                     steps = self.config.sampling.num_steps
-                    for _ in range(SAMPLING_BATCHES):
+                    for _ in range(self.sampling_batches):
                         images = self.flow.sample(torch.randn_like(noise), labels, sample_steps=steps)[-1]
                     return images
         loss.backward()

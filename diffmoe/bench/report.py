@@ -24,8 +24,6 @@ DPI = 150
 OTHER, LIGHTER = "#56b4e9", "#eba3a0"
 """Colours of a system that a user adds, and of DiffMoE under a skewed load."""
 IMPLEMENTATIONS = {"ours": "ours", "reference-tf32": "authors, TF32", "reference-bf16": "authors, bf16"}
-WHOLE = "forward and backward"
-"""The part that is not a part: what the network's parts add up to."""
 
 
 def write_bench_report(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffmoe.bench.cases import LARGEST, Case, Settings, own_batch, run_config
-from diffmoe.bench.parts import time_parts
+from diffmoe.bench.parts import WHOLE, time_parts
 from diffmoe.bench.profile import profile_subject
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, BenchRecord, Result
 from diffmoe.bench.subjects import WARM_UP, Subject, Training
@@ -46,8 +46,8 @@ MakeSubject = Callable[[Case, RunConfig], Subject]
 class Options:
     """What is done beside timing."""
 
-    parts: bool = False
-    """Take our training steps apart."""
+    parts: str | None = None
+    """Take our training steps apart: all parts, or `whole`, forward and backward alone."""
     profile: Callable[[str], None] | None = None
     """Given the text of a profile of each case."""
     say: Callable[[str], None] = print
@@ -175,7 +175,7 @@ class Runner:
                 except RuntimeError as error:
                     self.options.say(f"{result.case.name}: no profile: {describe_error(error)}")
             if self.options.parts and isinstance(subject, Training):
-                result.parts = time_parts(subject.trainer)
+                result.parts = time_parts(subject.trainer, only=WHOLE if self.options.parts == "whole" else None)
                 self.options.save()
 
     def _largest(self, case: Case) -> Case | None:

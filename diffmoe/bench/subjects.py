@@ -78,6 +78,7 @@ class Training:
         self.config = config
         self.trainer = Trainer(config, 0, shared.images(config), shared.device)
         fill_zeros(self.trainer.model)
+        self.trainer.round_weights()
 
     def call(self) -> object:
         """Make one optimiser step."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from diffmoe.bench.parts import WHOLE
 from diffmoe.bench.record import BenchRecord, Result
 
 LOOKUP = ("workload", "size", "system", "work", "batch", "load")
@@ -95,10 +96,10 @@ def judge(records: Sequence[BenchRecord]) -> list[tuple[Target, float | None, st
 
 
 def _gradients_ratio(record: BenchRecord, result: Result) -> float | None:
-    times = [_part_ms(result, "forward and backward")]
+    times = [_part_ms(result, WHOLE)]
     dense = record.find(workload=result.case.workload, size=result.case.size, system="dense", work="train",
                         batch=result.case.batch, implementation="ours")
-    times += [_part_ms(other, "forward and backward") for other in dense]
+    times += [_part_ms(other, WHOLE) for other in dense]
     return None if len(times) < 2 or None in times else times[1] / times[0]
 
 

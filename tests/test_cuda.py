@@ -99,6 +99,23 @@ def test_the_same_steps_again_give_the_same_bits_in_bf16(system):
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_copies_that_train_in_bf16_change_no_bit(system, monkeypatch):
+    config = digits_config(system, "training.precision=bf16", "training.clip_norm=1", "runtime.compile=true")
+    data = load_data(config.data, config.model)
+
+    def state(rounds):
+        monkeypatch.setattr(Trainer, "_rounds", lambda trainer: rounds)
+        trainer = Trainer(config, 0, data, CUDA)
+        assert (trainer.network is trainer.model) != rounds
+        losses = {f"{name} {step}": loss for step in range(EAGER_CALLS + 3)
+                  for name, loss in trainer.train_step().items()}
+        return trainer.state() | losses
+
+    rounded, plain = state(True), state(False)
+    assert [name for name, value in rounded.items() if not torch.equal(value, plain[name])] == []
+
+
 STEPS = """
 import sys
 from hashlib import sha256

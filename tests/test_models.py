@@ -271,3 +271,22 @@ def test_predictor_parameters_are_those_that_the_prediction_does_not_train(route
     ids = {id(parameter) for parameter in model.predictor_parameters()}
     assert untrained == {name for name, parameter in model.named_parameters() if id(parameter) in ids}
     assert bool(untrained) == any(".predictor." in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("router", [None, *ROUTERS])
+def test_rounded_copies_give_the_same_bits_under_autocast_and_gradients_of_their_own(router):
+    model = random_model(router).train()
+    rounded = model.rounded(torch.bfloat16)
+    outputs = []
+    for network in (model, rounded):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(*network_inputs(3))
+        network.zero_grad(set_to_none=True)
+        output.prediction.float().square().sum().backward()
+        outputs.append([output.prediction.detach(), *(parameter.grad for parameter in network.parameters())])
+    assert all(mine is None or torch.equal(mine.float(), wanted.float()) for mine, wanted in zip(*outputs, strict=True))
+    kept = {name for name, value in model.named_parameters() if rounded.get_parameter(name) is value}
+    assert kept == {name for name in model.state_dict(keep_vars=True) if "router." in name or "label_embed" in name} - {
+        name for name, _ in model.named_buffers()}
+    assert all(rounded.get_buffer(name) is value for name, value in model.named_buffers())
+    assert all(value.dtype is torch.bfloat16 for name, value in rounded.named_parameters() if name not in kept)

@@ -10,6 +10,7 @@ Shapes: B samples, T tokens a sample, D width.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from diffmoe.models.layers import (
     split_modulation,
     unpatchify,
 )
+from diffmoe.moe.experts import ExpertBank
 from diffmoe.moe.layer import MoE
 from diffmoe.moe.routing import Routing
 
@@ -65,7 +67,7 @@ class Block(nn.Module):
         """Return the new stream of tokens (B, T, D) and the routing of a mixture-of-experts layer."""
         shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(self.adaln(condition_BD), 6)
         x, h = stream.modulated_norm(shift1, scale1)
-        x, h = Stream(x, gate1, self.attn(h)).modulated_norm(shift2, scale2, rounded=not self.is_moe)
+        x, h = Stream(x, gate1, self.attn(h)).modulated_norm(shift2, scale2)
         if self.is_moe:
             y, routing = self.ffn(h, row_bound)
         else:
@@ -133,6 +135,21 @@ class DiT(nn.Module):
         return [parameter for layer in self.moe_layers().values()
                 for name, parameter in layer.router.named_parameters()
                 if not name.startswith(layer.router.backbone_parameters)]
+
+    def rounded(self, dtype: torch.dtype) -> DiT:
+        """Return this network with copies in `dtype` of what autocast would round for each product anew.
+
+        All else is shared: routers and embeddings, which stay float32, and buffers. Outputs under autocast are the
+        same, to the last bit; gradients of the copies are theirs.
+        """
+        routers = [layer.router for layer in self.moe_layers().values()]
+        exact = {id(module) for router in routers for module in router.modules()}
+        copies: dict[int, object] = {id(shared): shared for shared in (*routers, *self.parameters(), *self.buffers())}
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, ExpertBank)) and id(module) not in exact:
+                copies |= {id(parameter): nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                           for parameter in module.parameters()}
+        return copy.deepcopy(self, copies)
 
     def initialise(self, seed: int) -> DiT:
         """Set DiT's initial weights (adaLN-Zero); returns self.

@@ -38,18 +38,21 @@ class Ema:
         self.move = torch.compile(_move, dynamic=False) if compiled else _move
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float, unless: Tensor | None = None) -> None:
+    def update(self, model: nn.Module, decay: float, unless: Tensor | None = None, *, weights: bool = True) -> None:
         """Take one step towards `model` (of the same structure).
 
         Args:
             unless: bool scalar on the model's device that turns this into no step, without waiting for it.
+            weights: the parameters, too; else buffers alone (`OnePass` has moved the parameters).
         """
-        averaged, current = list(self.model.parameters()), list(model.parameters())
+        averaged, current = (list(each.parameters()) if weights else [] for each in (self.model, model))
         if self.buffers is EmaBuffers.AVERAGE:
             averaged, current = averaged + list(self.model.buffers()), current + list(model.buffers())
         else:
             for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
                 copied.copy_(buffer)
+        if not averaged:
+            return
         averaged, values = local(averaged), local([value.detach() for value in current])
         if unless is None:
             torch._foreach_lerp_(averaged, values, 1 - decay)

@@ -6,6 +6,7 @@ whole batch, of which a process takes its share, in one or several micro-batches
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ from diffmoe.data import ImageOrder, TrainingData
 from diffmoe.data.images import seeded_generator
 from diffmoe.diffusion import build_process
 from diffmoe.models.dit import DiT, ModelOutput, build_model
+from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
 from diffmoe.training.parallel import distribute, gathered, local, shared_out, whole
 from diffmoe.training.precision import autocast, tf32
+
+if HAS_TRITON:
+    from diffmoe.training.update_kernels import OnePass, one_pass_applies
 
 GRADIENT_NORM = "gradient_norm"
 FIRST_ROW_BOUND = 1.25
@@ -78,7 +83,12 @@ class Trainer:
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        self.network = distribute(self.model, averages, config, world, device)
+        trained = self.model
+        if compiled and device.type == "cuda" and HAS_TRITON and world.size == 1 and self._rounds():
+            trained = self.model.rounded(torch.bfloat16)
+        self.network = distribute(trained, averages, config, world, device)
+        self.trained = list(trained.parameters())
+        """What gradients are taken of: the model's parameters, or bf16 copies, which `OnePass` writes with them."""
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             betas=(0.9, config.training.adam_beta2), fused=device.type == "cuda")
@@ -86,6 +96,11 @@ class Trainer:
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
+        self.one_pass: OnePass | None = None
+        """Clips and moves weights and averages, where it applies; elsewhere each has operators of its own."""
+        averaged = [list(average.parameters()) for average in averages]
+        if HAS_TRITON and one_pass_applies([*self.model.parameters(), *itertools.chain(*averaged)]):
+            self.one_pass = OnePass(self.optimizer, self.clipped, config.training.clip_norm, averaged, self.trained)
         self.step = 0
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
@@ -96,6 +111,18 @@ class Trainer:
         self.idle_LE = torch.zeros(len(layers), config.model.moe.num_experts if layers else 0, dtype=torch.int32,
                                    device=device)
         """Steps since each expert last had a token of this process."""
+
+    def _rounds(self) -> bool:
+        """Say whether gradients may be bf16, as the products make them: nothing is added to them."""
+        return (self.config.training.precision is Precision.BF16
+                and self.micro_batch == self.config.training.batch_size)
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Make the copies that train anew, after somebody else has changed the model's weights."""
+        for copied, parameter in zip(self.trained, self.model.parameters(), strict=True):
+            if copied is not parameter:
+                copied.copy_(parameter)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Draw the inputs of optimiser step `step` (from 0), of all processes together or only some rows of them."""
@@ -137,17 +164,22 @@ class Trainer:
             losses, (objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
                                                                           batch.times)
         self.objective = objective.clone()  # what a graph returned is overwritten by the next step
-        if training.clip_norm is not None:
+        if training.clip_norm is not None and self.one_pass is None:
             losses = losses | {GRADIENT_NORM: whole(torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm))}
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate * self._warmup_factor()
-        self._update(observed)
+        self._update(observed, losses.get(GRADIENT_NORM))
         self.step += 1
         return {name: loss.clone() for name, loss in losses.items()}
 
     @torch.no_grad()
-    def _update(self, observed: list[Tensor]) -> None:
-        """Move weights, routers and average, unless the objective is not finite; a GPU is not waited for to know."""
+    def _update(self, observed: list[Tensor], norm: Tensor | None) -> None:
+        """Move weights, routers and average, unless the objective is not finite; a GPU is not waited for to know.
+
+        Args:
+            observed: of the routers.
+            norm: of the gradients that are clipped, for those that one pass has yet to clip.
+        """
         broken = ~self.objective.isfinite()
         on_device = self.optimizer.defaults["fused"]
         if on_device:
@@ -156,16 +188,19 @@ class Trainer:
             return
         buffers = [buffer for layer in self.model.moe_layers().values() for buffer in layer.router.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        self.optimizer.step()
+        training = self.config.training
+        decays = (training.ema_decay(self.step + 1), *map(training.decay_of, training.extra_ema_half_lives))
+        if self.one_pass is not None:
+            self.one_pass.step(norm, broken, [1 - decay for decay in decays])
+        else:
+            self.optimizer.step()
         if observed:
             self.model.update_routers(observed, self.step)
         if on_device:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(broken, old, buffer))
-        training = self.config.training
-        decays = (training.ema_decay(self.step + 1), *map(training.decay_of, training.extra_ema_half_lives))
         for ema, decay in zip((self.ema, *self.extra_emas), decays, strict=True):
-            ema.update(self.model, decay, unless=broken if on_device else None)
+            ema.update(self.model, decay, unless=broken if on_device else None, weights=self.one_pass is None)
 
     def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""
@@ -187,7 +222,7 @@ class Trainer:
         """
         batch = Batch(*inputs)
         num_parts = len(batch.images) // self.micro_batch
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         observed: list[Tensor] = []
         counts_LE = torch.zeros_like(self.idle_LE, dtype=torch.int64)
@@ -204,10 +239,27 @@ class Trainer:
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
         self.idle_LE.add_(1).mul_(counts_LE == 0)
-        gradients = local([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
-        held = [gradient for gradient in gradients if gradient.numel()]  # a share may be empty
-        finite = torch.stack(torch._foreach_norm(held, math.inf)).isfinite().all()
-        return total, [sum(total.values()).masked_fill(~finite, math.nan), *observed]
+        objective = sum(total.values())
+        if self.one_pass is not None and self.config.training.clip_norm is not None:
+            finite, total[GRADIENT_NORM] = self._finite_and_norm()
+        else:
+            gradients = local([parameter.grad for parameter in self.network.parameters() if parameter.grad is not None])
+            held = [gradient for gradient in gradients if gradient.numel()]  # a share may be empty
+            finite = _norms(held, math.inf).isfinite().all()
+        return total, [objective.masked_fill(~finite, math.nan), *observed]
+
+    def _finite_and_norm(self) -> tuple[Tensor, Tensor]:
+        """Say whether all gradients are finite, and return the norm of those to be clipped, reading them once.
+
+        Squares leave float32 beyond 1e19: gradients as large as that count as not finite.
+        """
+        clipped = {id(parameter) for parameter in self.clipped}
+        to_clip, others = [], []
+        for parameter, trained in zip(self.model.parameters(), self.trained, strict=True):
+            if trained.grad is not None:
+                (to_clip if id(parameter) in clipped else others).append(trained.grad)
+        norm = torch.linalg.vector_norm(_norms(to_clip, 2))
+        return torch.stack([norm, *_norms(others, 2)]).isfinite().all(), norm
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser.
@@ -256,6 +308,7 @@ class Trainer:
                 shared = value if moment == "step" else shared_out(value, parameters[int(index)])
                 moments.setdefault(int(index), {})[moment] = shared
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            self.round_weights()
         except (KeyError, ValueError, RuntimeError) as error:
             raise ConfigError(f"the state of step {step} is of another version of this program ({error})") from None
         self.step = step
@@ -290,6 +343,15 @@ def micro_batch_size(config: RunConfig, world: World) -> int:
 
 def _is_global(config: RunConfig) -> bool:
     return config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL
+
+
+def _norms(tensors: list[Tensor], order: float) -> Tensor:
+    """Return the norm of each tensor, (N,), float32 of what is less precise; those of a dtype together."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype is dtype]
+        norms += torch._foreach_norm(alike, order, dtype=torch.promote_types(dtype, torch.float32))
+    return torch.stack(norms) if norms else torch.zeros(0)
 
 
 def _add(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:

@@ -1,0 +1,215 @@
+"""Clipping, AdamW, the moving averages and rounding in one pass over memory, for plain float32 tensors on a GPU.
+
+    g = c * gradient,  c = min(1, clip / (norm + 1e-6)) where gradients are clipped, else 1
+    m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
+    w <- (1 - rate * decay) w - rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    e <- e + share * (w - e)                                                                    each average
+
+One kernel for each of these would read and write 28 (AdamW), 12 (an average) and 8 (clipping) bytes a parameter;
+together they read 20 (w, gradient, m, v, e) and write 16. Of a weight that trains as a bf16 copy, the gradient is bf16,
+and the copy is written too: 18 and 18. Arithmetic is float32; what depends on t and the rate is float64 and made once
+a tensor. Where the step is broken nothing is written, t among it, and nobody waits to know.
+
+A launch covers all tensors: a table (rows, N) of int64 holds what the kernels know of N tensors, addresses among it,
+and each program works on one block of one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, NUM_WARPS = 2048, 8
+"""Elements of a program, 8 of each of five tensors in a thread."""
+TENSORS = 128
+"""Tensors of a program of `_prepare`."""
+VECTOR_BYTES = 16
+"""What a thread loads at once where every address is a multiple of it."""
+
+CLIPPED, SIZE, STEP, WEIGHT, COPY, GRADIENT, MOMENT, SQUARE, AVERAGE = map(tl.constexpr, range(9))
+"""Rows of the table: 1 or 0, elements, then addresses, those of the n averages last. 0: the tensor has none."""
+FACTOR, KEPT, RATE, CORRECTION = map(tl.constexpr, range(4))
+"""Rows of the numbers (4, N): c, 1 - rate * decay, rate / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
+
+
+def one_pass_applies(tensors: Iterable[Tensor]) -> bool:
+    """Say whether all weights and averages are plain float32 on a GPU: no shares of FSDP."""
+    return all(type(tensor.data) is Tensor and tensor.is_cuda and tensor.dtype is torch.float32
+               and tensor.is_contiguous() for tensor in tensors)
+
+
+class OnePass:
+    """Makes the steps of an AdamW and of averages of its parameters.
+
+    Args:
+        optimizer: holds rates, decay and state, which stay what its own steps would make them; one group.
+        clipped: the parameters whose gradients are clipped.
+        clip_norm: to this; None is no clipping.
+        averages: the parameters of each averaged network, in the optimizer's order.
+        trained: what has the gradients, in that order: the parameters themselves, or bf16 copies of them.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, clipped: Sequence[Tensor], clip_norm: float | None,
+                 averages: Sequence[Sequence[Tensor]], trained: Sequence[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+        self.clip_norm = float(clip_norm or 0)
+        self.averages = averages
+        self.trained = trained
+        self.copies = [None if copied is parameter else copied
+                       for copied, parameter in zip(trained, self.parameters, strict=True)]
+        self.device = self.parameters[0].device
+        sizes = [parameter.numel() for parameter in self.parameters]
+        chosen = {id(parameter) for parameter in clipped} if clip_norm is not None else set()
+        self.fixed = [[int(id(parameter) in chosen) for parameter in self.parameters], sizes]
+        counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
+        tensors = torch.repeat_interleave(counts)
+        numbers = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
+        self.blocks = torch.stack([tensors, numbers], 1).int().to(self.device)
+        """A tensor, and which of its blocks."""
+        self.numbers = torch.empty(4, len(sizes), device=self.device)
+        self.addresses: list[list[int]] = []
+        self.table = torch.empty(0)
+        self.alignment = VECTOR_BYTES
+        """What all addresses of elements are multiples of."""
+
+    @torch.no_grad()
+    def step(self, norm: Tensor | None, broken: Tensor, shares: Sequence[float]) -> None:
+        """Clip, move the weights, move each average by its share of the distance; the gradients stay as they are.
+
+        Args:
+            norm: float32 scalar, of all gradients to be clipped; None where there is no clipping.
+            broken: bool scalar on the device that turns this into no step.
+            shares: 1 - decay of each average.
+        """
+        self._find_addresses()
+        group, = self.optimizer.param_groups  # another one after loading a state
+        rates = self._send([group["lr"], *shares], torch.float64)
+        beta1, beta2 = group["betas"]
+        num_tensors = len(self.parameters)
+        with torch.cuda.device_of(self.numbers):
+            _prepare[(triton.cdiv(num_tensors, TENSORS),)](
+                self.table, rates, self.numbers if norm is None else norm, broken, self.numbers, self.clip_norm,
+                num_tensors, beta1, beta2, group["weight_decay"], TENSORS)
+            _move[(len(self.blocks),)](
+                self.table, self.blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
+                len(self.averages), self.alignment, BLOCK, num_warps=NUM_WARPS)
+
+    def _find_addresses(self) -> None:
+        """Make the state where there is none yet, and the table anew where an address has changed."""
+        gradients = [copied.grad for copied in self.trained]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None and parameter not in self.optimizer.state:  # as AdamW's first step does
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        steps, *moments = ([state.get(name) for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+                     for tensors in (steps, self.parameters, self.copies, gradients, *moments, *self.averages)]
+        if addresses != self.addresses:  # always the same behind a CUDA graph
+            assert all(gradient is None or gradient.is_contiguous() for gradient in gradients)
+            assert all(copied is None or copied.dtype is torch.bfloat16 for copied in self.copies)
+            self.addresses, self.table = addresses, self._send([*self.fixed, *addresses], torch.int64)
+            self.alignment = math.gcd(VECTOR_BYTES, *(address for row in addresses[1:] for address in row))
+
+    def _send(self, values: list, dtype: torch.dtype) -> Tensor:
+        """Copy numbers to the device without waiting for it; torch keeps pinned memory until the copy is made."""
+        pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return pinned.to(self.device, non_blocking=True)
+
+
+@triton.jit
+def _power(BASE: tl.constexpr, exponent):
+    """Return a float64 power by squaring; float32 would leave 1 - 0.999^t five digits."""
+    power = tl.full(exponent.shape, 1.0, tl.float64)
+    square = tl.full(exponent.shape, BASE, tl.float64)
+    for _ in range(32):
+        power = tl.where((exponent & 1) == 1, power * square, power)
+        square *= square
+        exponent >>= 1
+    return power
+
+
+@triton.jit
+def _prepare(table, rates, norm, broken, numbers, clip, N: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
+             DECAY: tl.constexpr, TENSORS: tl.constexpr):
+    """Count the step of each tensor that has a gradient, and make the numbers of all its elements."""
+    tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    mine = tensor < N
+    moves = mine & (tl.load(table + GRADIENT * N + tensor, mask=mine, other=0) != 0)
+    place = tl.load(table + STEP * N + tensor, mask=mine, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(place, mask=moves, other=0) + 1
+    tl.store(place, step, mask=moves & (tl.load(broken) == 0))
+    rate = tl.load(rates)
+    clipped = tl.load(table + CLIPPED * N + tensor, mask=mine, other=0) != 0
+    factor = tl.where(clipped, tl.minimum(clip / (tl.load(norm) + 1e-6), 1.0), 1.0)
+    exponent = step.to(tl.int32)
+    numbers += tensor
+    tl.store(numbers + FACTOR * N, factor, mask=mine)
+    tl.store(numbers + KEPT * N, (1 - rate * DECAY).to(tl.float32), mask=mine)
+    tl.store(numbers + RATE * N, (rate / (1 - _power(BETA1, exponent))).to(tl.float32), mask=mine)
+    tl.store(numbers + CORRECTION * N, (1 / tl.sqrt(1 - _power(BETA2, exponent))).to(tl.float32), mask=mine)
+
+
+@triton.jit
+def _move(table, blocks, numbers, rates, broken, N: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
+          EPS: tl.constexpr, AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr):
+    if tl.load(broken) == 0:
+        blocks += 2 * tl.program_id(0)
+        tensor = tl.load(blocks)
+        start = tl.load(blocks + 1).to(tl.int64) * BLOCK
+        size = tl.load(table + SIZE * N + tensor)
+        if start + BLOCK <= size:
+            _move_block(table + tensor, numbers + tensor, rates, start, size, True,
+                        N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+        else:
+            _move_block(table + tensor, numbers + tensor, rates, start, size, False,
+                        N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+
+
+@triton.jit
+def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, N: tl.constexpr, BETA1: tl.constexpr,
+                BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Move the elements of a block; a whole one needs no mask, which would split loads of 16 bytes."""
+    place = start + tl.arange(0, BLOCK)
+    mask = None if WHOLE else place < size
+    weight = _elements(table, WEIGHT, N, ALIGNMENT) + place
+    w = tl.load(weight, mask=mask)
+    has_copy = tl.load(table + COPY * N) != 0
+    if tl.load(table + GRADIENT * N) != 0:
+        moment = _elements(table, MOMENT, N, ALIGNMENT) + place
+        square = _elements(table, SQUARE, N, ALIGNMENT) + place
+        if has_copy:
+            g = tl.load(_elements(table, GRADIENT, N, ALIGNMENT, tl.bfloat16) + place, mask=mask).to(tl.float32)
+        else:
+            g = tl.load(_elements(table, GRADIENT, N, ALIGNMENT) + place, mask=mask)
+        g *= tl.load(numbers + FACTOR * N)
+        m = tl.load(moment, mask=mask)
+        v = tl.load(square, mask=mask)
+        m += (1 - BETA1) * (g - m)
+        v = BETA2 * v + (1 - BETA2) * g * g
+        d = tl.sqrt_rn(v) * tl.load(numbers + CORRECTION * N) + EPS
+        w = w * tl.load(numbers + KEPT * N) - tl.load(numbers + RATE * N) * tl.div_rn(m, d)
+        tl.store(moment, m, mask=mask)
+        tl.store(square, v, mask=mask)
+        tl.store(weight, w, mask=mask)
+        if has_copy:
+            tl.store(_elements(table, COPY, N, ALIGNMENT, tl.bfloat16) + place, w.to(tl.bfloat16), mask=mask)
+    for index in tl.static_range(AVERAGES):
+        average = _elements(table, AVERAGE + index, N, ALIGNMENT) + place
+        e = tl.load(average, mask=mask)
+        e += tl.load(rates + 1 + index).to(tl.float32) * (w - e)
+        tl.store(average, e, mask=mask)
+
+
+@triton.jit
+def _elements(table, ROW: tl.constexpr, N: tl.constexpr, ALIGNMENT: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
+    """Return the pointer to a tensor's first element; `table` points to the tensor's column."""
+    return tl.multiple_of(tl.load(table + ROW * N).to(tl.pointer_type(DTYPE)), ALIGNMENT)

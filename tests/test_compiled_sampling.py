@@ -34,7 +34,8 @@ def test_compiled_sampling_gives_the_same_images_and_capacity(system, compiled_b
     for layer in model.moe_layers().values():
         set_threshold(layer.router)
     plain, compiled = (sampling.sample_images(model, each, range(8)) for each in config)
-    assert set(compiled_blocks) == set(model.blocks)
+    kinds, whole = [block.is_moe for block in compiled_blocks], [block.is_moe for block in model.blocks]
+    assert kinds == whole * (len(kinds) // len(whole)) != []
     assert (plain.images.int() - compiled.images.int()).abs().max() <= 1
     for name in ("capacity", "expert_load", "token_load"):
         wanted = getattr(plain, name)

@@ -63,7 +63,7 @@ def test_a_mask_survives_the_way_through_pairs_with_any_number_of_rows(drawn, sp
     assert (routing.overflow is None) if spare is None else not routing.overflow
     for per_sample in (1, num_tokens):
         expected = mask_SE.view(-1, per_sample * num_experts).sum(1).tolist()
-        assert routing.pairs_per_sample(num_tokens // per_sample, per_sample, num_experts).tolist() == expected
+        assert routing.pairs_per_token(num_tokens, num_experts).view(-1, per_sample).sum(1).tolist() == expected
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmoe.config import RunConfig, Sampler
+from diffmoe.config import Precision, RunConfig, Sampler
 from diffmoe.data.images import seeded_generator
 from diffmoe.data.latent_data import load_decoder
 from diffmoe.diffusion import build_process, guided
@@ -69,7 +69,7 @@ class CapacityMeter:
             return
         images, tokens = self.pairs_BT.shape
         experts = self.model.config.moe.num_experts
-        pairs = torch.stack([routing.pairs_per_sample(num_rows * tokens, 1, experts) for routing in routings])
+        pairs = torch.stack([routing.pairs_per_token(num_rows * tokens, experts) for routing in routings])
         pairs_BT = pairs.view(-1, images, tokens).sum(0)  # over layers and guided halves
         repeats = pairs.numel() // pairs_BT.numel()
         self.pairs_BT += pairs_BT
@@ -190,6 +190,8 @@ def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, comp
             return model(x, t, y, row_bound)
 
     if compiled:
+        if config.training.precision is Precision.BF16:
+            model = model.rounded(torch.bfloat16)
         compile_blocks(model.blocks)
     return Graphed(call) if compiled and device.type == "cuda" else call
 

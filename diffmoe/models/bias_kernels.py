@@ -2,7 +2,7 @@
 
 Rows lie expert by expert. A tile is ROWS rows of one expert; tiles are numbered expert by expert, so that the
 gradient of a bias is the sum of consecutive tiles' column sums: one pass over the rows, no atomics, a fixed order.
-Rows behind the last expert's (pads) are one more group; they are 0 in the result and in the gradient.
+Rows behind the last expert's (pads) are left unset in the result and in the gradient.
 
     gelu(u) = u sigmoid(2 v),  v = sqrt(2/pi) (u + 0.044715 u^3)                                  (tanh form)
     gelu'(u) = s + 2 u s (1 - s) v',  s = sigmoid(2 v),  v' = sqrt(2/pi) (1 + 3 * 0.044715 u^2)
@@ -29,13 +29,13 @@ def grouped_bias(x_NF: Tensor, bias_EF: Tensor, ends_E: Tensor, gelu: bool) -> T
     Args:
         x_NF: rows, expert by expert.
         bias_EF: one bias an expert.
-        ends_E: int32, the end of each expert's rows; rows from the last end on give 0.
+        ends_E: int32, the end of each expert's rows; rows from the last end on give nothing.
         gelu: apply GELU to the sum.
     """
     x_NF = x_NF.contiguous()
     y_NF = torch.empty_like(x_NF)
     wrap_triton(_bias_forward)[_grid(x_NF, ends_E)](
-        x_NF, bias_EF.contiguous(), ends_E, y_NF, *x_NF.shape, *_groups(ends_E), gelu, ROWS, COLS)
+        x_NF, bias_EF.contiguous(), ends_E, y_NF, x_NF.shape[1], *_groups(ends_E), gelu, ROWS, COLS)
     return y_NF
 
 
@@ -48,18 +48,18 @@ def grouped_bias_backward(d_y_NF: Tensor, x_NF: Tensor, bias_EF: Tensor, ends_E:
     grid = _grid(x_NF, ends_E)
     sums = x_NF.new_empty(grid[1], x_NF.shape[1], dtype=torch.float32)
     wrap_triton(_bias_backward)[grid](
-        d_y_NF, x_NF, bias_EF, ends_E, d_x_NF, sums, *x_NF.shape, *_groups(ends_E), gelu, ROWS, COLS)
+        d_y_NF, x_NF, bias_EF, ends_E, d_x_NF, sums, x_NF.shape[1], *_groups(ends_E), gelu, ROWS, COLS)
     if len(ends_E) == 1:  # too few sums for a program each
         return d_x_NF, sums.sum(0, keepdim=True).to(bias_EF.dtype)
     d_bias_EF = torch.empty_like(bias_EF)
     wrap_triton(_add_tiles)[(grid[0], len(ends_E))](
-        sums, ends_E, d_bias_EF, *x_NF.shape, *_groups(ends_E), ROWS, COLS, TILES_AT_ONCE)
+        sums, ends_E, d_bias_EF, x_NF.shape[1], *_groups(ends_E), ROWS, COLS, TILES_AT_ONCE)
     return d_x_NF, d_bias_EF
 
 
 def _grid(x_NF: Tensor, ends_E: Tensor) -> tuple[int, int]:
-    """Return blocks of columns, and as many tiles as there can be when each group ends in a part of one."""
-    return triton.cdiv(x_NF.shape[1], COLS), triton.cdiv(x_NF.shape[0], ROWS) + len(ends_E) + 1
+    """Return blocks of columns, and as many tiles as there can be when each expert ends in a part of one."""
+    return triton.cdiv(x_NF.shape[1], COLS), triton.cdiv(x_NF.shape[0], ROWS) + len(ends_E)
 
 
 def _groups(ends_E: Tensor) -> tuple[int, int]:
@@ -79,22 +79,20 @@ grouped_bias.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @triton.jit
-def _tiles(ends, N, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """Return for each group its first row, end, first tile and the tile behind its last; group E holds the pads."""
+def _tiles(ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """Return for each group its first row, end, first tile and the tile behind its last; groups from E on are empty."""
     group = tl.arange(0, GROUPS)
-    start = tl.load(ends + group - 1, mask=(group > 0) & (group <= E), other=0)
-    start = tl.where(group > E, N, start)
+    start = tl.load(ends + group - 1, mask=(group > 0) & (group < E), other=0)
     end = tl.load(ends + group, mask=group < E, other=0)
-    end = tl.where(group >= E, N, end)
     tiles = (end - start + ROWS - 1) // ROWS
     behind = tl.cumsum(tiles, 0)
     return start, end, behind - tiles, behind
 
 
 @triton.jit
-def _place(ends, N, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _place(ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return this program's group, rows, the end of the rows that are the group's, and columns."""
-    start, end, first_tile, behind = _tiles(ends, N, E, GROUPS, ROWS)
+    start, end, first_tile, behind = _tiles(ends, E, GROUPS, ROWS)
     tile = tl.program_id(1)
     mine = tl.sum((behind <= tile).to(tl.int32), 0)  # GROUPS behind the last tile: no rows
     is_mine = tl.arange(0, GROUPS) == mine
@@ -104,11 +102,11 @@ def _place(ends, N, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _bias_forward(x, bias, ends, y, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
-             ROWS: tl.constexpr, COLS: tl.constexpr):
-    group, rows, end, cols = _place(ends, N, E, GROUPS, ROWS, COLS)
+def _bias_forward(x, bias, ends, y, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr):
+    group, rows, end, cols = _place(ends, E, GROUPS, ROWS, COLS)
     mask = (rows < end) & (cols < F)
-    u = tl.load(x + rows * F + cols, mask=mask & (group < E), other=0).to(tl.float32)
+    u = tl.load(x + rows * F + cols, mask=mask, other=0).to(tl.float32)
     u += tl.load(bias + group * F + cols, mask=(cols < F) & (group < E), other=0).to(tl.float32)
     if GELU:
         u *= _sigmoid_2v(u)
@@ -116,13 +114,13 @@ def _bias_forward(x, bias, ends, y, N, F, E: tl.constexpr, GROUPS: tl.constexpr,
 
 
 @triton.jit
-def _bias_backward(d_y, x, bias, ends, d_x, sums, N, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
-              ROWS: tl.constexpr, COLS: tl.constexpr):
-    group, rows, end, cols = _place(ends, N, E, GROUPS, ROWS, COLS)
+def _bias_backward(d_y, x, bias, ends, d_x, sums, F, E: tl.constexpr, GROUPS: tl.constexpr, GELU: tl.constexpr,
+                   ROWS: tl.constexpr, COLS: tl.constexpr):
+    group, rows, end, cols = _place(ends, E, GROUPS, ROWS, COLS)
     mask = (rows < end) & (cols < F)
-    d = tl.load(d_y + rows * F + cols, mask=mask & (group < E), other=0).to(tl.float32)
+    d = tl.load(d_y + rows * F + cols, mask=mask, other=0).to(tl.float32)
     if GELU:
-        u = tl.load(x + rows * F + cols, mask=mask & (group < E), other=0).to(tl.float32)
+        u = tl.load(x + rows * F + cols, mask=mask, other=0).to(tl.float32)
         u += tl.load(bias + group * F + cols, mask=(cols < F) & (group < E), other=0).to(tl.float32)
         s = _sigmoid_2v(u)
         d *= s + u * s * (1 - s) * (1.5957691216057308 + 0.21406444881780076 * u * u)  # 2 v'
@@ -136,9 +134,9 @@ def _sigmoid_2v(u):
 
 
 @triton.jit
-def _add_tiles(sums, ends, d_bias, N, F, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+def _add_tiles(sums, ends, d_bias, F, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
                COLS: tl.constexpr, AT_ONCE: tl.constexpr):
-    _, _, first_tile, behind = _tiles(ends, N, E, GROUPS, ROWS)
+    _, _, first_tile, behind = _tiles(ends, E, GROUPS, ROWS)
     expert = tl.program_id(1)
     is_mine = tl.arange(0, GROUPS) == expert
     last = tl.sum(tl.where(is_mine, behind, 0), 0)

@@ -32,16 +32,14 @@ class Stream(NamedTuple):
         """Return the sum (B, T, D)."""
         return self.x_BTD if self.y_BTD is None else self.x_BTD + self.gate_BD[:, None] * self.y_BTD
 
-    def modulated_norm(self, shift_BD: Tensor, scale_BD: Tensor, *, rounded: bool = True) -> tuple[Tensor, Tensor]:
+    def modulated_norm(self, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum and its norm, modulated, both (B, T, D).
 
         Args:
             shift_BD, scale_BD: one of each a sample.
-            rounded: only products under autocast read the norm, so that it may have their dtype.
         """
-        if self.y_BTD is not None and kernels_apply(self.x_BTD):
-            dtype = torch.bfloat16 if rounded else self.x_BTD.dtype
-            return norm_kernels.residual_norm(*self, shift_BD, scale_BD, NORM_EPS, dtype)
+        if self.y_BTD is not None and kernels_apply(self.x_BTD):  # only products under autocast read the norm
+            return norm_kernels.residual_norm(*self, shift_BD, scale_BD, NORM_EPS, torch.bfloat16)
         x_BTD = self.total()
         return x_BTD, modulate(F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPS), shift_BD, scale_BD)
 
@@ -82,10 +80,25 @@ class FeedForward(nn.Module):
         """Map tokens (B, T, D) to (B, T, D)."""
         if not kernels_apply(x_BTD):
             return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
+        if not torch.is_grad_enabled():  # with gradients, what goes into GELU is needed too
+            inputs = (value.to(torch.bfloat16) for value in (x_BTD, self.fc1.weight, self.fc1.bias))
+            return self.fc2(linear_gelu(*inputs))
         hidden = F.linear(x_BTD, self.fc1.weight).flatten(0, 1)  # one expert of all rows
         end = torch.full((1,), len(hidden), dtype=torch.int32, device=x_BTD.device)
         hidden = grouped_bias(hidden, self.fc1.bias[None], end, gelu=True)
         return self.fc2(hidden.unflatten(0, x_BTD.shape[:2]))
+
+
+@torch.library.custom_op("diffmoe::linear_gelu", mutates_args=())
+def linear_gelu(x_BTD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    """Return gelu(x w^T + b), (B, T, F), in the epilogue of a library's product; torch.compile would take it apart."""
+    return torch._addmm_activation(bias_F, x_BTD.flatten(0, 1), weight_FD.t(), use_gelu=True).unflatten(
+        0, x_BTD.shape[:2])
+
+
+@linear_gelu.register_fake
+def _(x_BTD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    return x_BTD.new_empty(*x_BTD.shape[:2], len(weight_FD))
 
 
 class TimestepEmbedder(nn.Module):

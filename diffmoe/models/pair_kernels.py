@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 ROWS, COLS = 32, 64
+WIDTH_A_WARP = 256
 
 
 def row_table(token_N: Tensor, expert_N: Tensor, num_tokens: int, num_experts: int) -> Tensor:
@@ -35,15 +36,20 @@ def row_table(token_N: Tensor, expert_N: Tensor, num_tokens: int, num_experts: i
 
 
 @triton_op("diffmoe::rows_of_tokens", mutates_args={})
-def rows_of_tokens(x_SD: Tensor, token_N: Tensor, row_SE: Tensor) -> Tensor:
+def rows_of_tokens(x_SD: Tensor, token_N: Tensor, ends_E: Tensor, row_SE: Tensor) -> Tensor:
     """Return x[token_N], (N, D).
 
     Args:
         x_SD: tokens.
         token_N: int64 token of each row.
+        ends_E: int32, the end of each expert's rows; those from the last end on are left unset.
         row_SE: `row_table`; rows that are not in it have no gradient.
     """
-    return x_SD[token_N]
+    x_SD = x_SD.contiguous()
+    x_ND = x_SD.new_empty(len(token_N), x_SD.shape[1])
+    wrap_triton(_rows_of_tokens)[triton.cdiv(x_SD.shape[1], COLS), triton.cdiv(len(token_N), ROWS)](
+        x_SD, token_N, ends_E, x_ND, x_SD.shape[1], len(ends_E), ROWS, COLS)
+    return x_ND
 
 
 @triton_op("diffmoe::add_pairs", mutates_args={})
@@ -64,9 +70,10 @@ def _sum(y_ND: Tensor, gate_N: Tensor | None, row_SE: Tensor, dtype: torch.dtype
     y_ND = y_ND.contiguous()
     (num_tokens, num_experts), width = row_SE.shape, y_ND.shape[1]
     out_SD = y_ND.new_empty(num_tokens, width, dtype=dtype)
-    wrap_triton(_add_rows)[triton.cdiv(width, COLS), triton.cdiv(num_tokens, ROWS)](
-        y_ND, y_ND if gate_N is None else gate_N.contiguous(), row_SE, out_SD, num_tokens, width, num_experts,
-        gate_N is not None, ROWS, COLS)
+    block = triton.next_power_of_2(width)
+    wrap_triton(_add_rows)[num_tokens,](
+        y_ND, y_ND if gate_N is None else gate_N.contiguous(), row_SE, out_SD, width, num_experts, gate_N is not None,
+        block, num_warps=max(1, min(block // WIDTH_A_WARP, 8)))
     return out_SD
 
 
@@ -87,11 +94,11 @@ def add_pairs_backward(d_out_SD: Tensor, y_ND: Tensor, gate_N: Tensor, token_N: 
 
 
 def _rows_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[2])
+    ctx.save_for_backward(inputs[3])
 
 
 def _rows_autograd(ctx, d_y_ND):
-    return add_rows(d_y_ND, *ctx.saved_tensors), None, None
+    return add_rows(d_y_ND, *ctx.saved_tensors), None, None, None
 
 
 def _pairs_context(ctx, inputs, output) -> None:
@@ -107,17 +114,28 @@ add_pairs.register_autograd(_pairs_autograd, setup_context=_pairs_context)
 
 
 @triton.jit
-def _add_rows(y, gate, table, out, S, D, E, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    tokens = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+def _rows_of_tokens(x, token, ends, y, D, E, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None]
-    total = tl.zeros((ROWS, COLS), tl.float32)
+    is_pair = rows < tl.load(ends + E - 1)
+    mask = is_pair[:, None] & (cols < D)
+    source = tl.load(token + rows, mask=is_pair, other=0)[:, None] * D
+    tl.store(y + rows.to(tl.int64)[:, None] * D + cols, tl.load(x + source + cols, mask=mask), mask=mask)
+
+
+@triton.jit
+def _add_rows(y, gate, table, out, D, E, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)  # one a program: most of its entries are empty, and cost a branch
+    cols = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
     for expert in range(E):
-        row = tl.load(table + tokens.to(tl.int64) * E + expert, mask=tokens < S, other=-1).to(tl.int64)
-        value = tl.load(y + row[:, None] * D + cols, mask=(row >= 0)[:, None] & (cols < D), other=0).to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(gate + row, mask=row >= 0, other=0)[:, None]
-        total += value
-    tl.store(out + tokens.to(tl.int64)[:, None] * D + cols, total, mask=(tokens < S)[:, None] & (cols < D))
+        row = tl.load(table + token * E + expert).to(tl.int64)
+        if row >= 0:
+            value = tl.load(y + row * D + cols, mask=cols < D, other=0).to(tl.float32)
+            if WEIGHTED:
+                value *= tl.load(gate + row)
+            total += value
+    tl.store(out + token * D + cols, total, mask=cols < D)
 
 
 @triton.jit

@@ -18,11 +18,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmoe.config import INFERENCE, ModelConfig, MoEConfig, PoolScope, RouterConfig, require
+from diffmoe.models.kernels import HAS_TRITON, selection_kernels_apply
+from diffmoe.moe.float32 import CapacityPredictor
 from diffmoe.moe.routing import Router, Routing, largest, row_count, tokens_an_expert_takes
 from diffmoe.training.distributed import ALONE
+
+if HAS_TRITON:
+    from diffmoe.moe.selection_kernels import take_largest
 
 
 class Pool(enum.StrEnum):
@@ -91,8 +96,7 @@ class ExpertChoice(Router):
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
         super().__init__(model, moe)
         if self.options.predictor:
-            width = model.hidden_size
-            self.predictor = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, moe.num_experts))
+            self.predictor = CapacityPredictor(model.hidden_size, moe.num_experts)
             self.register_buffer("threshold", torch.zeros(moe.num_experts))
 
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
@@ -147,14 +151,18 @@ class ExpertChoice(Router):
     def _static(self, scores_SE: Tensor, num_pools: int) -> Routing:
         pool_tokens = scores_SE.shape[0] // num_pools
         k = tokens_an_expert_takes(pool_tokens, self.num_experts, self.capacity, "a pool")
+        if selection_kernels_apply(scores_SE):
+            taken_ES, _ = take_largest(scores_SE.detach().t(), _everywhere(k, scores_SE, num_pools))
+            routing = Routing.from_mask(taken_ES.t(), scores_SE, num_rows=num_pools * k * self.num_experts)
+            routing.tokens_per_expert, routing.overflow = num_pools * k, None  # equal rows, none too many
+            return routing
         gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
         first_P1 = torch.arange(num_pools, device=scores_SE.device)[:, None] * pool_tokens
         return Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
                        tokens_per_expert=num_pools * k)
 
     def _train(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
-        # Detached input: the predictor's loss cannot reach the backbone.
-        logits_SE = self.predictor(x_BTD.detach().flatten(0, 1)) if self.options.predictor else None
+        logits_SE = self.predictor(x_BTD.flatten(0, 1)) if self.options.predictor else None
         if self.pool_scope is PoolScope.GLOBAL and self.options.pool is Pool.BATCH:
             routing = self._static_of_all(len(x_BTD), scores_SE, logits_SE, row_bound)
         else:
@@ -162,8 +170,7 @@ class ExpertChoice(Router):
             routing = self._static(scores_SE, num_pools)
             if logits_SE is not None:
                 k = routing.tokens_per_expert // num_pools
-                logits_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
-                routing.observed = _quantile(logits_EPn, k)
+                routing.observed = _quantile(logits_SE.detach(), num_pools, k)
         if logits_SE is not None:
             chosen_SE = routing.mask(*scores_SE.shape)
             bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
@@ -188,7 +195,7 @@ class ExpertChoice(Router):
         if alone:  # equal rows, none too many
             routing.tokens_per_expert, routing.overflow = num_pools * k, None
         if logits_SE is not None:
-            routing.observed = _quantile(seen_EPn[self.num_experts:], k)
+            routing.observed = _quantile(rearrange(seen_EPn[self.num_experts:], "e p n -> (p n) e"), num_pools, k)
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
@@ -201,6 +208,8 @@ class ExpertChoice(Router):
     def _take_by_score(passes_SE: Tensor, scores_SE: Tensor, num_pools: int) -> Tensor:
         """Replace the tokens that pass by as many with the highest scores, for each expert and pool."""
         count_PE = rearrange(passes_SE, "(p n) e -> p n e", p=num_pools).sum(1)
+        if selection_kernels_apply(scores_SE):
+            return take_largest(scores_SE.detach().t(), count_PE.t().int())[0].t()
         order_PnE = rearrange(scores_SE, "(p n) e -> p n e", p=num_pools).argsort(dim=1, descending=True, stable=True)
         rank_n = torch.arange(order_PnE.shape[1], device=scores_SE.device)
         taken_PnE = rank_n[None, :, None] < count_PE[:, None, :]
@@ -245,6 +254,16 @@ class ExpertChoice(Router):
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")
 
 
-def _quantile(logits_EPn: Tensor, k: int) -> Tensor:
+def _quantile(logits_SE: Tensor, num_pools: int, k: int) -> Tensor:
     """Return each expert's k-th largest predicted probability, averaged over pools, (E,)."""
-    return logits_EPn.topk(k, sorted=False).values.amin(-1).sigmoid().mean(1)
+    if selection_kernels_apply(logits_SE):
+        _, least_EP = take_largest(logits_SE.t(), _everywhere(k, logits_SE, num_pools))
+    else:
+        logits_EPn = rearrange(logits_SE, "(p n) e -> e p n", p=num_pools)
+        least_EP = logits_EPn.topk(k, sorted=False).values.amin(-1)
+    return least_EP.sigmoid().mean(1)
+
+
+def _everywhere(k: int, scores_SE: Tensor, num_pools: int) -> Tensor:
+    """Return k for each expert and pool, int32 (E, P)."""
+    return torch.full((scores_SE.shape[1], num_pools), k, dtype=torch.int32, device=scores_SE.device)

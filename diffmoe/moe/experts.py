@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import Backend
-from diffmoe.models.kernels import HAS_TRITON, kernels_apply
+from diffmoe.models.kernels import HAS_TRITON, kernels_apply, product_dtype
 from diffmoe.moe.routing import Routing, SeededGenerator, without_autocast
 
 if HAS_TRITON:
@@ -67,19 +67,20 @@ class ExpertBank(nn.Module):
         Raises:
             ValueError: when the chosen backend cannot compute this routing.
         """
-        dtype = x_SD.dtype
-        if torch.is_autocast_enabled(x_SD.device.type):
-            dtype = torch.get_autocast_dtype(x_SD.device.type)
+        dtype, given = product_dtype(x_SD), x_SD.dtype
         with without_autocast(x_SD.device):
             weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
-            x, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
-            if kernels_apply(x):
-                row_SE = row_table(token_N, routing.expert_of_pair(len(self.w1)), len(x), len(self.w1))
-                y_ND = self._compute(rows_of_tokens(x, token_N, row_SE), weights, routing)
-                return add_pairs(y_ND, gate_N, token_N, row_SE, x_SD.dtype)
-            y_ND = self._compute(x[token_N], weights, routing)
+            x_SD, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
+            if kernels_apply(x_SD):
+                row_SE = routing.row_SE
+                if row_SE is None:
+                    row_SE = row_table(token_N, routing.expert_of_pair(len(self.w1)), len(x_SD), len(self.w1))
+                ends_E = routing.counts(len(self.w1)).cumsum(0).to(torch.int32)
+                y_ND = self._compute(rows_of_tokens(x_SD, token_N, ends_E, row_SE), weights, routing)
+                return add_pairs(y_ND, gate_N, token_N, row_SE, given)
+            y_ND = self._compute(x_SD[token_N], weights, routing)
             weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
-            return weighted_ND.new_zeros(x.shape).index_add_(0, token_N, weighted_ND).to(x_SD.dtype)
+            return weighted_ND.new_zeros(x_SD.shape).index_add_(0, token_N, weighted_ND).to(given)
 
     def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
         equal = isinstance(routing.tokens_per_expert, int)
@@ -136,15 +137,16 @@ def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
     w1, b1, w2, b2 = weights
     ends_E = routing.counts(len(w1)).cumsum(0).to(torch.int32)
     add_bias = grouped_bias if kernels_apply(x_ND) else _grouped_bias
-    # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one product,
-    # add_bias behind both: it gives zeros there, in the result and in the gradient.
-    x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)
+    if not kernels_apply(x_ND):  # they neither read nor write pads
+        # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one
+        # product, add_bias behind both: it gives zeros there, in the result and in the gradient.
+        x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)
     hidden_NF = add_bias(_grouped_product(x_ND, w1, ends_E), b1, ends_E, gelu=True)
     return add_bias(_grouped_product(hidden_NF, w2, ends_E), b2, ends_E, gelu=False)
 
 
 def _grouped_bias(x_NO: Tensor, bias_EO: Tensor, ends_E: Tensor, gelu: bool) -> Tensor:
-    """Do what the kernel of this name does, with each row's bias in float32.
+    """Do what the kernel of this name does, with each row's bias in float32, and give zeros for pads.
 
     The gradient of a bias adds up thousands of rows, too many for bf16.
     """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, resolve_router
+from diffmoe.models.kernels import product_dtype
 from diffmoe.models.layers import FeedForward
 from diffmoe.moe.experts import ExpertBank
 from diffmoe.moe.routing import Router, Routing, without_autocast
@@ -29,6 +29,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> tuple[Tensor, Routing]:
         """Return the layer's output (B, T, D) and the routing it used."""
+        x_BTD = x_BTD.to(product_dtype(x_BTD))  # the router sees what the experts see
         routing = self.route(x_BTD, row_bound)
         y_BTD = self.experts(x_BTD.flatten(0, 1), routing).view_as(x_BTD)
         if self.shared is not None:
@@ -36,6 +37,6 @@ class MoE(nn.Module):
         return y_BTD, routing
 
     def route(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
-        """Call the router in float32 (float64 stays), whatever the precision around it."""
+        """Call the router, whose products are float32 (float64 stays) whatever the precision around it."""
         with without_autocast(x_BTD.device):
-            return self.router(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)), row_bound)
+            return self.router(x_BTD, row_bound)

@@ -17,11 +17,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch._functorch.config
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig, RouterConfig, require
+from diffmoe.models.kernels import HAS_TRITON, selection_kernels_apply
+from diffmoe.moe.float32 import Float32Linear
 from diffmoe.training.distributed import ALONE, World
+
+if HAS_TRITON:
+    from diffmoe.moe.selection_kernels import lay_out
 
 # torch.compile would trace a backward pass under the autocast around the call, also the part that the forward pass left
 # out of it: routers' gradients would be bf16. Off, a gradient has the dtype of its forward product, as without compile.
@@ -52,6 +56,8 @@ class Routing:
     """What `Router.update` needs once an optimiser step, for example each expert's quantile (E,)."""
     overflow: Tensor | None = None
     """bool scalar: more pairs were selected than there were rows; the call must be repeated with more."""
+    row_SE: Tensor | None = None
+    """int32 (S, E): the row of each token with each expert, -1 without one; only where a kernel laid out the rows."""
 
     def counts(self, num_experts: int) -> Tensor:
         """Return the pairs of each expert, int64 (E,)."""
@@ -71,11 +77,13 @@ class Routing:
         mask_SE[self.token_N, self.expert_of_pair(num_experts)] = True
         return mask_SE[:, :num_experts]
 
-    def pairs_per_sample(self, num_samples: int, num_tokens: int, num_experts: int) -> Tensor:
-        """Return the pairs of each sample, int64 (B,): divided by T, its capacity."""
-        sample_N = torch.where(self.expert_of_pair(num_experts) < num_experts, self.token_N // num_tokens, num_samples)
-        counts = self.token_N.new_zeros(num_samples + 1)
-        return counts.index_add_(0, sample_N, torch.ones_like(sample_N))[:num_samples]
+    def pairs_per_token(self, num_tokens: int, num_experts: int) -> Tensor:
+        """Return the pairs of each token, int64 (S,)."""
+        if self.row_SE is not None:
+            return (self.row_SE >= 0).sum(1)
+        token_N = torch.where(self.expert_of_pair(num_experts) < num_experts, self.token_N, num_tokens)
+        counts = self.token_N.new_zeros(num_tokens + 1)
+        return counts.index_add_(0, token_N, torch.ones_like(token_N))[:num_tokens]
 
     @classmethod
     def from_mask(cls, mask_SE: Tensor, scores_SE: Tensor, *, num_rows: int | None, **reported: object) -> Routing:
@@ -93,25 +101,28 @@ class Routing:
         if num_rows is None:
             expert_N, token_N = mask_ES.nonzero(as_tuple=True)
             return cls(token_N=token_N, gate_N=scores_SE[token_N, expert_N], tokens_per_expert=counts_E, **reported)
+        # In an overflow the last experts lose rows, so that no backend reads behind the end.
+        laid_out_E = counts_E.cumsum(0).clamp(max=num_rows).diff(prepend=counts_E.new_zeros(1)).to(torch.int32)
+        num_pairs = counts_E.sum()
+        reported |= {"tokens_per_expert": laid_out_E, "overflow": num_pairs > num_rows}
+        if selection_kernels_apply(scores_SE):
+            token_N, gate_N, row_SE = lay_out(mask_ES, scores_SE, num_rows)
+            return cls(token_N=token_N, gate_N=gate_N, row_SE=row_SE, **reported)
         flat = mask_ES.flatten()
         row = torch.where(flat, flat.cumsum(0) - 1, num_rows).clamp_(max=num_rows)
         # pair_N[r] is the flat (expert, token) index of row r; the extra last entry swallows everything unselected.
         pair_N = row.new_zeros(num_rows + 1).scatter_(0, row, torch.arange(flat.numel(), device=flat.device))[:num_rows]
-        num_pairs = counts_E.sum()
         valid_N = torch.arange(num_rows, device=flat.device) < num_pairs
         token_N = torch.where(valid_N, pair_N % mask_SE.shape[0], 0)
         gate_N = scores_SE.t().flatten()[torch.where(valid_N, pair_N, 0)] * valid_N
-        # In an overflow the last experts lose rows, so that no backend reads behind the end.
-        laid_out_E = counts_E.cumsum(0).clamp(max=num_rows).diff(prepend=counts_E.new_zeros(1)).to(torch.int32)
-        return cls(token_N=token_N, gate_N=gate_N, tokens_per_expert=laid_out_E, overflow=num_pairs > num_rows,
-                   **reported)
+        return cls(token_N=token_N, gate_N=gate_N, **reported)
 
 
 class Router(nn.Module, abc.ABC):
     """Decides which expert works on which token.
 
     A subclass implements `forward`, and if it needs them `update`, `initialise` and the two checks; options
-    go into a dataclass `Config(RouterConfig)`. It never sees the experts. All of it runs in float32.
+    go into a dataclass `Config(RouterConfig)`. It never sees the experts. `logits` and all behind it are float32.
 
     Args:
         model: the backbone's configuration (width, tokens a sample).
@@ -130,20 +141,20 @@ class Router(nn.Module, abc.ABC):
         self.pool_scope = moe.pool_scope
         self.world: World = ALONE
         """The processes whose tokens a training selection spans; more than this one for `pool_scope: global` alone."""
-        self.gate = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+        self.gate = Float32Linear(model.hidden_size, moe.num_experts)
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
         """Route the tokens of a batch.
 
         Args:
-            x_BTD: float32 tokens as the experts will see them.
+            x_BTD: tokens as the experts will see them, bf16 under autocast.
             row_bound: rows to lay out for a dynamic selection, in units of S; None counts them on the host.
         """
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return the float32 affinity of each token to each expert, (S, E), before any softmax."""
-        return F.linear(x_BTD.flatten(0, 1), self.gate.weight)
+        return self.gate(x_BTD.flatten(0, 1))
 
     def scores(self, x_BTD: Tensor) -> Tensor:
         """Return the weight that each pair would get, float32 (S, E). Default: softmax over experts."""

@@ -179,7 +179,9 @@ def _layer_inputs(trainer: Trainer) -> dict[str, Any]:
     hooks = [module.register_forward_pre_hook(keep(name)) for name, module in watched.items()]
     batch = trainer.batch(0).rows(slice(0, trainer.micro_batch))
     try:
-        with torch.no_grad(), autocast(trainer.config.training, trainer.device):
+        # eager, for compiled blocks of a kind share their code, and with it the hooks of one of them
+        with (torch.compiler.set_stance("force_eager"), torch.no_grad(),
+              autocast(trainer.config.training, trainer.device)):
             model(batch.images, batch.times, batch.labels)
     finally:
         for hook in hooks:

@@ -22,6 +22,8 @@ ROWS = 4
 """Tokens of a program forward."""
 TOKENS, ROWS_BACKWARD = 64, 2
 """Tokens of a program backward, and how many it holds at a time: with 4, registers leave no room for 4 programs."""
+WARPS_BACKWARD, STAGES_BACKWARD = 4, 1
+"""And how many turns it loads ahead."""
 
 
 @triton_op("diffmoe::residual_norm", mutates_args={})
@@ -50,7 +52,7 @@ def residual_norm_backward(d_sum_BTD: Tensor, d_h_BTD: Tensor, sum_BTD: Tensor, 
     sums = sum_BTD.new_empty(3, parts, batch, width, dtype=torch.float32)
     wrap_triton(_norm_backward)[(parts, batch)](
         d_sum_BTD, d_h_BTD, sum_BTD, y_BTD, gate_BD, scale_BD, d_x_BTD, d_y_BTD, sums, eps, tokens, width, batch,
-        triton.next_power_of_2(width), ROWS_BACKWARD, TOKENS)
+        triton.next_power_of_2(width), ROWS_BACKWARD, TOKENS, STAGES_BACKWARD, num_warps=WARPS_BACKWARD)
     return d_x_BTD, d_y_BTD, sums.sum(1).to(gate_BD.dtype)
 
 
@@ -93,7 +95,7 @@ def _norm_forward(x, y, gate, shift, scale, total, h, EPS: tl.constexpr, T, D, W
 
 @triton.jit
 def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, EPS: tl.constexpr, T, D, B, WIDTH: tl.constexpr,
-              ROWS: tl.constexpr, TOKENS: tl.constexpr):
+                   ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr):
     image = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)[None, :]
     vector = image * D + d
@@ -103,7 +105,7 @@ def _norm_backward(d_total, d_h, total, y, gate, scale, d_x, d_y, sums, EPS: tl.
     sum_shift = tl.zeros((ROWS, WIDTH), tl.float32)
     sum_scale = tl.zeros((ROWS, WIDTH), tl.float32)
     first = tl.program_id(0) * TOKENS
-    for start in range(first, first + TOKENS, ROWS):
+    for start in tl.range(first, first + TOKENS, ROWS, num_stages=STAGES):
         t = start + tl.arange(0, ROWS)[:, None]
         mask, place = (t < T) & (d < D), (image * T + t) * D + d
         value = tl.load(total + place, mask=mask, other=0).to(tl.float32)

@@ -165,31 +165,35 @@ def _move(table, blocks, numbers, rates, broken, N: tl.constexpr, BETA1: tl.cons
         tensor = tl.load(blocks)
         start = tl.load(blocks + 1).to(tl.int64) * BLOCK
         size = tl.load(table + SIZE * N + tensor)
-        if start + BLOCK <= size:
-            _move_block(table + tensor, numbers + tensor, rates, start, size, True,
+        if start + BLOCK <= size:  # branches in here alone: one between loads would make the later wait for the earlier
+            if tl.load(table + COPY * N + tensor) != 0:
+                _move_block(table + tensor, numbers + tensor, rates, start, size, True, True,
+                            N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+            else:
+                _move_block(table + tensor, numbers + tensor, rates, start, size, True, False,
+                            N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+        elif tl.load(table + COPY * N + tensor) != 0:
+            _move_block(table + tensor, numbers + tensor, rates, start, size, False, True,
                         N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
         else:
-            _move_block(table + tensor, numbers + tensor, rates, start, size, False,
+            _move_block(table + tensor, numbers + tensor, rates, start, size, False, False,
                         N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
 
 
 @triton.jit
-def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, N: tl.constexpr, BETA1: tl.constexpr,
-                BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr,
-                BLOCK: tl.constexpr):
+def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, COPIED: tl.constexpr, N: tl.constexpr,
+                BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGES: tl.constexpr,
+                ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr):
     """Move the elements of a block; a whole one needs no mask, which would split loads of 16 bytes."""
+    TRAINED: tl.constexpr = tl.bfloat16 if COPIED else tl.float32
     place = start + tl.arange(0, BLOCK)
     mask = None if WHOLE else place < size
     weight = _elements(table, WEIGHT, N, ALIGNMENT) + place
     w = tl.load(weight, mask=mask)
-    has_copy = tl.load(table + COPY * N) != 0
     if tl.load(table + GRADIENT * N) != 0:
         moment = _elements(table, MOMENT, N, ALIGNMENT) + place
         square = _elements(table, SQUARE, N, ALIGNMENT) + place
-        if has_copy:
-            g = tl.load(_elements(table, GRADIENT, N, ALIGNMENT, tl.bfloat16) + place, mask=mask).to(tl.float32)
-        else:
-            g = tl.load(_elements(table, GRADIENT, N, ALIGNMENT) + place, mask=mask)
+        g = tl.load(_elements(table, GRADIENT, N, ALIGNMENT, TRAINED) + place, mask=mask).to(tl.float32)
         g *= tl.load(numbers + FACTOR * N)
         m = tl.load(moment, mask=mask)
         v = tl.load(square, mask=mask)
@@ -200,7 +204,7 @@ def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, N: tl.c
         tl.store(moment, m, mask=mask)
         tl.store(square, v, mask=mask)
         tl.store(weight, w, mask=mask)
-        if has_copy:
+        if COPIED:
             tl.store(_elements(table, COPY, N, ALIGNMENT, tl.bfloat16) + place, w.to(tl.bfloat16), mask=mask)
     for index in tl.static_range(AVERAGES):
         average = _elements(table, AVERAGE + index, N, ALIGNMENT) + place

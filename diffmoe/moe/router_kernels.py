@@ -20,6 +20,8 @@ from torch.library import triton_op, wrap_triton
 
 TERMS = 3
 """bf16 numbers that make a float32 one, 8 bits of 24 each."""
+TILE = 128, 128, 64, 8, 3
+"""Rows, columns and depth of a product's tile, warps and stages."""
 ROWS_FORWARD, COLS_FORWARD = 64, 32
 ROWS_BACKWARD, COLS_BACKWARD = 16, 64
 PARTS = 128
@@ -55,8 +57,7 @@ def _product(x_SD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     rows, width = x_SD.shape
     cols = len(weight_OD)
     y_SO = x_SD.new_empty(rows, cols, dtype=torch.float32)
-    tile_rows, tile_cols, depth, warps, stages = (128, 128, 64, 8, 3) if cols > 64 else (
-        128, _padded(cols), 64, 4, 3)
+    tile_rows, tile_cols, depth, warps, stages = TILE if cols > 64 else (128, _padded(cols), 64, 4, 3)
     wrap_triton(_product_kernel)[triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols),](
         x_SD, terms_3OD, terms_3OD if bias_O is None else bias_O.contiguous(), y_SO, rows, cols, width,
         bias_O is not None, tile_rows, tile_cols, depth, num_warps=warps, num_stages=stages)

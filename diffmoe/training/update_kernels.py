@@ -16,7 +16,6 @@ and each program works on one block of one tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,15 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, NUM_WARPS = 2048, 8
-"""Elements of a program, 8 of each of five tensors in a thread."""
+BLOCK, NUM_WARPS = 1024, 8
+"""Elements of a program, 4 of each tensor in a thread: of bf16 a thread would rather take 8, and 4 of float32; with
+more than 4, elements would change threads on the way, and registers leave a multiprocessor to one program."""
 TENSORS = 128
 """Tensors of a program of `_prepare`."""
-VECTOR_BYTES = 16
-"""What a thread loads at once where every address is a multiple of it."""
+VECTOR_BYTES = tl.constexpr(16)
+"""What a thread loads at once where the addresses of a tensor and of all that goes with it are multiples of it."""
 
-CLIPPED, SIZE, STEP, WEIGHT, COPY, GRADIENT, MOMENT, SQUARE, AVERAGE = map(tl.constexpr, range(9))
-"""Rows of the table: 1 or 0, elements, then addresses, those of the n averages last. 0: the tensor has none."""
+CLIPPED, ALIGNED, SIZE, STEP, WEIGHT, COPY, GRADIENT, MOMENT, SQUARE, AVERAGE = map(tl.constexpr, range(10))
+"""Rows of the table: 1 or 0 twice, elements, then addresses, those of the n averages last. 0: the tensor has none."""
 FACTOR, KEPT, RATE, CORRECTION = map(tl.constexpr, range(4))
 """Rows of the numbers (4, N): c, 1 - rate * decay, rate / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
 
@@ -66,7 +66,7 @@ class OnePass:
         self.device = self.parameters[0].device
         sizes = [parameter.numel() for parameter in self.parameters]
         chosen = {id(parameter) for parameter in clipped} if clip_norm is not None else set()
-        self.fixed = [[int(id(parameter) in chosen) for parameter in self.parameters], sizes]
+        self.is_clipped, self.sizes = [int(id(parameter) in chosen) for parameter in self.parameters], sizes
         counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
         tensors = torch.repeat_interleave(counts)
         numbers = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
@@ -75,8 +75,6 @@ class OnePass:
         self.numbers = torch.empty(4, len(sizes), device=self.device)
         self.addresses: list[list[int]] = []
         self.table = torch.empty(0)
-        self.alignment = VECTOR_BYTES
-        """What all addresses of elements are multiples of."""
 
     @torch.no_grad()
     def step(self, norm: Tensor | None, broken: Tensor, shares: Sequence[float]) -> None:
@@ -98,7 +96,7 @@ class OnePass:
                 num_tensors, beta1, beta2, group["weight_decay"], TENSORS)
             _move[(len(self.blocks),)](
                 self.table, self.blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
-                len(self.averages), self.alignment, BLOCK, num_warps=NUM_WARPS)
+                len(self.averages), BLOCK, num_warps=NUM_WARPS)
 
     def _find_addresses(self) -> None:
         """Make the state where there is none yet, and the table anew where an address has changed."""
@@ -115,8 +113,10 @@ class OnePass:
         if addresses != self.addresses:  # always the same behind a CUDA graph
             assert all(gradient is None or gradient.is_contiguous() for gradient in gradients)
             assert all(copied is None or copied.dtype is torch.bfloat16 for copied in self.copies)
-            self.addresses, self.table = addresses, self._send([*self.fixed, *addresses], torch.int64)
-            self.alignment = math.gcd(VECTOR_BYTES, *(address for row in addresses[1:] for address in row))
+            aligned = [int(all(address % VECTOR_BYTES.value == 0 for address in each))
+                       for each in zip(*addresses[1:], strict=True)]
+            table = [self.is_clipped, aligned, self.sizes, *addresses]
+            self.addresses, self.table = addresses, self._send(table, torch.int64)
 
     def _send(self, values: list, dtype: torch.dtype) -> Tensor:
         """Copy numbers to the device without waiting for it; torch keeps pinned memory until the copy is made."""
@@ -159,33 +159,36 @@ def _prepare(table, rates, norm, broken, numbers, clip, N: tl.constexpr, BETA1: 
 
 @triton.jit
 def _move(table, blocks, numbers, rates, broken, N: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-          EPS: tl.constexpr, AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr):
+          EPS: tl.constexpr, AVERAGES: tl.constexpr, BLOCK: tl.constexpr):
     if tl.load(broken) == 0:
         blocks += 2 * tl.program_id(0)
         tensor = tl.load(blocks)
         start = tl.load(blocks + 1).to(tl.int64) * BLOCK
         size = tl.load(table + SIZE * N + tensor)
-        if start + BLOCK <= size:  # branches in here alone: one between loads would make the later wait for the earlier
-            if tl.load(table + COPY * N + tensor) != 0:
+        is_copied = tl.load(table + COPY * N + tensor) != 0
+        # all branches are here: one between loads would make the later wait for the earlier
+        if (start + BLOCK <= size) & (tl.load(table + ALIGNED * N + tensor) != 0):
+            if is_copied:
                 _move_block(table + tensor, numbers + tensor, rates, start, size, True, True,
-                            N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+                            N, BETA1, BETA2, EPS, AVERAGES, BLOCK)
             else:
                 _move_block(table + tensor, numbers + tensor, rates, start, size, True, False,
-                            N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
-        elif tl.load(table + COPY * N + tensor) != 0:
+                            N, BETA1, BETA2, EPS, AVERAGES, BLOCK)
+        elif is_copied:
             _move_block(table + tensor, numbers + tensor, rates, start, size, False, True,
-                        N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+                        N, BETA1, BETA2, EPS, AVERAGES, BLOCK)
         else:
             _move_block(table + tensor, numbers + tensor, rates, start, size, False, False,
-                        N, BETA1, BETA2, EPS, AVERAGES, ALIGNMENT, BLOCK)
+                        N, BETA1, BETA2, EPS, AVERAGES, BLOCK)
 
 
 @triton.jit
 def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, COPIED: tl.constexpr, N: tl.constexpr,
                 BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, AVERAGES: tl.constexpr,
-                ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Move the elements of a block; a whole one needs no mask, which would split loads of 16 bytes."""
+                BLOCK: tl.constexpr):
+    """Move the elements of a block; a whole, aligned one needs no mask, which would split loads of 16 bytes."""
     TRAINED: tl.constexpr = tl.bfloat16 if COPIED else tl.float32
+    ALIGNMENT: tl.constexpr = VECTOR_BYTES if WHOLE else 1
     place = start + tl.arange(0, BLOCK)
     mask = None if WHOLE else place < size
     weight = _elements(table, WEIGHT, N, ALIGNMENT) + place

@@ -412,7 +412,7 @@ def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
         reference={"digest": "0", "differences": ["data: theirs lies ready"]})
     write_bench(tmp_path, record)
     names = {path.name for path in write_bench_report(tmp_path)}
-    assert names == {"table.md", "relative_speed.png", "roofline.png"}
+    assert names == {"table.md", "targets.md", "relative_speed.png", "roofline.png"}
     assert check_bench_report(tmp_path) == []
     table = (tmp_path / "table.md").read_text()
     assert "| 250 | 8 [8, 8] | 1.25 | 5.00 | 25.0% |" in table

@@ -159,8 +159,9 @@ def modulation_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
     """Return (operations, bytes) of a block without attention and feed-forward: adaLN, two norms, two residuals."""
     tokens, width = batch * config.num_tokens, config.hidden_size
     flops = 12.0 * batch * width**2 + 2 * 12 * tokens * width
-    # twice: residual in (4), modulated out (2); residual in (4), branch in (2), residual out (4)
-    return 3 * flops, 3 * 32 * tokens * width
+    # twice, residual and branch in (6), out again and modulated (6); backward residual and branch, gradients of
+    # residual and modulated in (12), of residual and branch out (6)
+    return 3 * flops, 2 * (12 + 18) * tokens * width
 
 
 def _layer_inputs(trainer: Trainer) -> dict[str, Any]:

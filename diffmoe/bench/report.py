@@ -27,15 +27,17 @@ IMPLEMENTATIONS = {"ours": "ours", "reference-tf32": "authors, TF32", "reference
 
 
 def write_bench_report(folder: Path) -> list[Path]:
-    """Write table.md and the figures of a folder's records; return their paths.
+    """Write table.md, targets.md (for the README) and the figures of a folder's records; return their paths.
 
     Raises:
         ConfigError: for records that cannot be read, or a folder that cannot be written.
     """
     records = read_benches(folder)
-    paths = [folder / "table.md"]
+    paths = []
     try:
-        paths[0].write_text(table_markdown(records), encoding="utf-8")
+        for name, text in _texts(records).items():
+            paths.append(folder / name)
+            paths[-1].write_text(text, encoding="utf-8")
         for name, figure in figures(records).items():
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=DPI, metadata={"Software": None})
@@ -48,12 +50,13 @@ def write_bench_report(folder: Path) -> list[Path]:
 def check_bench_report(folder: Path) -> list[str]:
     """Return a line for each file of the report that is missing or does not follow from the records."""
     records = read_benches(folder)
-    table = folder / "table.md"
     problems = []
-    if not table.is_file():
-        problems.append(f"{table}: missing")
-    elif table.read_text(encoding="utf-8") != table_markdown(records):
-        problems.append(f"{table}: does not follow from the records")
+    for name, text in _texts(records).items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.read_text(encoding="utf-8") != text:
+            problems.append(f"{path}: does not follow from the records")
     drawn = figures(records)
     for figure in drawn.values():
         plt.close(figure)
@@ -86,11 +89,28 @@ def table_markdown(records: Sequence[BenchRecord]) -> str:
 
 def targets_table(records: Sequence[BenchRecord]) -> str:
     """Return the targets with what was measured."""
+    return _markdown(("what", "target", "measured", "", "record"), _target_lines(records))
+
+
+def measured_targets(records: Sequence[BenchRecord]) -> str:
+    """Return the targets that were measured, without their records, and how many were not."""
+    lines = _target_lines(records)
+    measured = [line[:-1] for line in lines if line[2]]
+    return (_markdown(("what", "target", "measured", ""), measured)
+            + f"\n\nNot measured yet: {len(lines) - len(measured)} of {len(lines)} targets.\n")
+
+
+def _texts(records: Sequence[BenchRecord]) -> dict[str, str]:
+    return {"table.md": table_markdown(records), "targets.md": measured_targets(records)}
+
+
+def _target_lines(records: Sequence[BenchRecord]) -> list[tuple[str, ...]]:
     lines = []
     for target, value, source in judge(records):
         verdict = "not measured" if value is None else "met" if target.is_met(value) else "not met"
-        lines.append((target.name, target.bound, "" if value is None else f"{value:.4g}", verdict, source))
-    return _markdown(("what", "target", "measured", "", "record"), lines)
+        number = "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        lines.append((target.name, target.bound, number, verdict, source))
+    return lines
 
 
 def results_table(record: BenchRecord) -> str:
@@ -239,7 +259,8 @@ def roofline(data: pd.DataFrame) -> Figure:
 def _settings_line(record: BenchRecord) -> str:
     settings = record.settings
     return (f"{settings['precision']}, {'compiled' if settings['compile'] else 'eager'}, "
-            f"{settings['sampling_steps']} sampling steps, {settings['rounds']} rounds.")
+            f"{settings['sampling_steps']} sampling steps, {settings.get('sampling_batches', 2)} batches a sampling "
+            f"call, {settings['rounds']} rounds.")
 
 
 def _ratio(value: float | None) -> str:

@@ -12,15 +12,15 @@ from conftest import needs_interpreter, network_inputs, rand, random_model
 from diffmoe.models import attention, layers
 from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.models.layers import Stream
-from diffmoe.moe import experts
+from diffmoe.moe import expert_choice, experts, float32, routing
 from diffmoe.moe.routing import Routing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = pytest.mark.skipif(not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())),
                                reason="needs a CUDA device, or Triton's interpreter")
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-PRODUCTS = torch.float32 if INTERPRETED else torch.bfloat16
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+PRODUCTS = torch.float16 if INTERPRETED else torch.bfloat16
 """What tokens are in products: the interpreter's of bf16 are wrong."""
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=[pytest.mark.slow] if INTERPRETED else [])]
 
@@ -101,7 +101,7 @@ def test_rows_of_tokens_and_the_sum_of_their_pairs(tokens, num_experts, width, s
     values = [rand(tokens, width, seed=3).to(DEVICE, dtype), rand(len(token), width, seed=4).to(DEVICE, dtype),
               routing.gate_N.to(DEVICE)]
     grads = [rand(pairs, width, seed=5).to(DEVICE, dtype), (rand(tokens, width, seed=6) + 1).to(DEVICE)]
-    values[1][pairs:] = 0  # a pad's row
+    values[1][pairs:] = float("nan")  # a pad's row holds anything
 
     def measure(values, grads, by_kernels):
         x, y, gate = leaves = [value.detach().requires_grad_() for value in values]
@@ -110,8 +110,9 @@ def test_rows_of_tokens_and_the_sum_of_their_pairs(tokens, num_experts, width, s
             outputs = rows_of_tokens(x, token, ends, table)[:pairs], add_pairs(y, gate, token, table, torch.float32)
         else:
             picked = x[token.cpu()[:pairs]]
-            outputs = picked, torch.zeros_like(x).index_add(0, token.cpu(), y * gate[:, None])
-        return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+            outputs = picked, torch.zeros_like(x).index_add(0, token.cpu()[:pairs], (y * gate[:, None])[:pairs])
+        d_x, d_y, d_gate = torch.autograd.grad(outputs, leaves, grads)
+        return [*outputs, d_x, d_y[:pairs], d_gate[:pairs]]
 
     found = measure(values, grads, by_kernels=True)
     wanted = measure([value.double().cpu() for value in values],
@@ -203,6 +204,18 @@ def test_the_largest_are_the_first_of_a_stable_sort(experts, pools, tokens, few,
 
 
 @on_device
+@pytest.mark.parametrize("few", [128, 8])
+def test_as_many_are_taken_where_scores_are_not_numbers(few, monkeypatch):
+    from diffmoe.moe import selection_kernels
+
+    monkeypatch.setattr(selection_kernels, "FEW", few)
+    scores = rand(3, 2, 16)
+    scores[0, 0, 5], scores[1] = float("nan"), float("nan")
+    taken, _ = selection_kernels.take_largest(scores.flatten(1).to(DEVICE), torch.full((3, 2), 4).int().to(DEVICE))
+    assert (taken.view(3, 2, 16).sum(-1) == 4).all()
+
+
+@on_device
 @pytest.mark.parametrize("spare", [7, 0, -5])
 @pytest.mark.parametrize("chunk", [32, 2048])
 def test_rows_are_laid_out_as_without_a_kernel(chunk, spare, monkeypatch):
@@ -220,7 +233,8 @@ def test_rows_are_laid_out_as_without_a_kernel(chunk, spare, monkeypatch):
     leaf = scores.detach().to(DEVICE).requires_grad_()
     token, gate, row = selection_kernels.lay_out(mask.t().to(DEVICE), leaf, num_rows)
     grad = rand(num_rows, seed=2)
-    found = [token, gate, row, torch.autograd.grad(gate, leaf, grad.to(DEVICE))[0]]
+    of_pads = torch.where(torch.arange(num_rows) < int(mask.sum()), grad, float("nan"))  # as pads' rows hold anything
+    found = [token, gate, row, torch.autograd.grad(gate, leaf, of_pads.to(DEVICE))[0]]
     wanted = [plain.token_N, plain.gate_N, table, torch.autograd.grad(plain.gate_N, scores, grad)[0]]
     assert all(torch.equal(mine.cpu(), value) for mine, value in zip(found, wanted, strict=True))
     assert torch.equal(table >= 0, laid_out)
@@ -231,8 +245,11 @@ def test_rows_are_laid_out_as_without_a_kernel(chunk, spare, monkeypatch):
 
 def measure_model(router, kernels, monkeypatch):
     """Return prediction and gradients in bf16, with or without the kernels."""
-    for module in (layers, experts, *([] if INTERPRETED else [attention])):  # the interpreter's bf16 products are wrong
+    # the interpreter's bf16 products are wrong
+    for module in (layers, experts, *([] if INTERPRETED else [attention, float32])):
         monkeypatch.setattr(module, "kernels_apply", lambda x: kernels)
+    for module in (routing, expert_choice):
+        monkeypatch.setattr(module, "selection_kernels_apply", lambda scores: kernels)
     # As much capacity as experts: rounding cannot change what is selected.
     model = random_model(router, depth=2, num_heads=2, capacity=4.0, shared_experts=1).to(DEVICE)
     x, t, labels = (value.to(DEVICE) for value in network_inputs(2))

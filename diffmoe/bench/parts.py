@@ -119,7 +119,7 @@ def _update_parts(trainer: Trainer) -> list[Part]:
     if (one_pass := trainer.one_pass) is not None:  # the weight is read once for both
         norm, broken = torch.ones((), device=trainer.device), torch.zeros((), dtype=torch.bool, device=trainer.device)
         return [Part("optimiser and average", 1, 18 * num, 36 * num,
-                     call=lambda: one_pass.step(norm, broken, [1 - decay]))]
+                     call=lambda: one_pass.step(norm, broken, [1 - decay] * len(one_pass.averages)))]
     # AdamW reads weight, gradient and both moments and writes all but the gradient: 28 bytes
     return [Part("optimiser", 1, 15 * num, 28 * num, call=trainer.optimizer.step),
             Part("average", 1, 3 * num, 12 * num, call=lambda: trainer.ema.update(trainer.model, decay))]

@@ -33,7 +33,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
         if self._is_fused(x_BTD):
-            out_BTD, _ = packed_attention(F.linear(x_BTD, self.qkv.weight), self.qkv.bias, self.num_heads)
+            bias = self.qkv.bias.to(torch.bfloat16)  # as autocast would
+            out_BTD, _ = packed_attention(F.linear(x_BTD, self.qkv.weight), bias, self.num_heads)
             return self.proj(out_BTD)
         q, k, v = rearrange(self.qkv(x_BTD), "b t (n h k) -> n b h t k", n=3, h=self.num_heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)"))

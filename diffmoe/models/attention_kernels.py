@@ -167,7 +167,7 @@ def _backward_queries(qkv, bias, out, lse, grad, grad_qkv, delta, sums, T: tl.co
     do, o = tl.load(grad + at), tl.load(out + at)
     level = tl.load(lse + row * T + m)
     q = (tl.load(qkv + q_at) + tl.load(bias)).to(do.dtype)
-    d = tl.sum(do * (o - tl.load(bias + 2 * H * K)), 1)
+    d = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias + 2 * H * K).to(tl.float32)), 1)
     tl.store(delta + row * T + m, d)
     tl.store(sums + H * K, tl.sum(do.to(tl.float32), 0))
     dq = tl.zeros((M, K), tl.float32)

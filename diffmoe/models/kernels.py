@@ -1,4 +1,4 @@
-"""Where the Triton kernels of this package run: products in bf16 on a GPU. Elsewhere the plain expressions do."""
+"""Where the Triton kernels run: on a GPU, those around products in bf16 alone. Elsewhere the plain expressions do."""
 
 from __future__ import annotations
 

@@ -80,12 +80,12 @@ class FeedForward(nn.Module):
         """Map tokens (B, T, D) to (B, T, D)."""
         if not kernels_apply(x_BTD):
             return self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
+        bias = self.fc1.bias.to(torch.bfloat16)  # as autocast would
         if not torch.is_grad_enabled():  # with gradients, what goes into GELU is needed too
-            inputs = (value.to(torch.bfloat16) for value in (x_BTD, self.fc1.weight, self.fc1.bias))
-            return self.fc2(linear_gelu(*inputs))
+            return self.fc2(linear_gelu(x_BTD.to(torch.bfloat16), self.fc1.weight.to(torch.bfloat16), bias))
         hidden = F.linear(x_BTD, self.fc1.weight).flatten(0, 1)  # one expert of all rows
         end = torch.full((1,), len(hidden), dtype=torch.int32, device=x_BTD.device)
-        hidden = grouped_bias(hidden, self.fc1.bias[None], end, gelu=True)
+        hidden = grouped_bias(hidden, bias[None], end, gelu=True)
         return self.fc2(hidden.unflatten(0, x_BTD.shape[:2]))
 
 

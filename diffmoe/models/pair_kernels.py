@@ -47,7 +47,7 @@ def rows_of_tokens(x_SD: Tensor, token_N: Tensor, ends_E: Tensor, row_SE: Tensor
     """
     x_SD = x_SD.contiguous()
     x_ND = x_SD.new_empty(len(token_N), x_SD.shape[1])
-    wrap_triton(_rows_of_tokens)[triton.cdiv(x_SD.shape[1], COLS), triton.cdiv(len(token_N), ROWS)](
+    wrap_triton(_rows_of_tokens)[triton.cdiv(len(token_N), ROWS) * triton.cdiv(x_SD.shape[1], COLS),](
         x_SD, token_N, ends_E, x_ND, x_SD.shape[1], len(ends_E), ROWS, COLS)
     return x_ND
 
@@ -115,8 +115,9 @@ add_pairs.register_autograd(_pairs_autograd, setup_context=_pairs_context)
 
 @triton.jit
 def _rows_of_tokens(x, token, ends, y, D, E, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None]
+    tiles = tl.cdiv(D, COLS)
+    rows = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % tiles * COLS + tl.arange(0, COLS))[None]
     is_pair = rows < tl.load(ends + E - 1)
     mask = is_pair[:, None] & (cols < D)
     source = tl.load(token + rows, mask=is_pair, other=0)[:, None] * D

@@ -73,17 +73,15 @@ class Routing:
 
     def mask(self, num_tokens: int, num_experts: int) -> Tensor:
         """Return the pairs as bool (S, E)."""
+        if self.row_SE is not None:
+            return self.row_SE >= 0
         mask_SE = self.token_N.new_zeros(num_tokens, num_experts + 1, dtype=torch.bool)
         mask_SE[self.token_N, self.expert_of_pair(num_experts)] = True
         return mask_SE[:, :num_experts]
 
     def pairs_per_token(self, num_tokens: int, num_experts: int) -> Tensor:
         """Return the pairs of each token, int64 (S,)."""
-        if self.row_SE is not None:
-            return (self.row_SE >= 0).sum(1)
-        token_N = torch.where(self.expert_of_pair(num_experts) < num_experts, self.token_N, num_tokens)
-        counts = self.token_N.new_zeros(num_tokens + 1)
-        return counts.index_add_(0, token_N, torch.ones_like(token_N))[:num_tokens]
+        return self.mask(num_tokens, num_experts).sum(1)
 
     @classmethod
     def from_mask(cls, mask_SE: Tensor, scores_SE: Tensor, *, num_rows: int | None, **reported: object) -> Routing:

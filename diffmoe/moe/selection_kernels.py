@@ -28,7 +28,7 @@ def take_largest(score_ES: Tensor, count_EP: Tensor) -> tuple[Tensor, Tensor]:
     """Return which tokens are among the `count` with the largest scores, bool (E, S), and the least of these, (E, P).
 
     Args:
-        score_ES: float32 scores without NaN, the S tokens pool by pool.
+        score_ES: float32 scores, the S tokens pool by pool; NaN are the largest, or with a sign the smallest.
         count_EP: int32 tokens to take, 0 to n; the least score means nothing for 0.
     """
     score_ES, count_EP = score_ES.contiguous(), count_EP.contiguous()
@@ -93,12 +93,13 @@ def _take_of_few(score, count, taken, least, N, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK)
     wanted = tl.load(count + row)
-    mine = tl.load(score + row * N + token, mask=token < N, other=0)
-    other, others = tl.load(score + row * N + token, mask=token < N, other=0)[None], token[None]
-    before = (other > mine[:, None]) | ((other == mine[:, None]) & (others < token[:, None]))
+    key = _key(score + row * N, token, token < N)
+    mine, other, others = key[:, None], key[None], token[None]
+    before = (other > mine) | ((other == mine) & (others < token[:, None]))
     rank = tl.sum((before & (others < N)).to(tl.int32), 1)
     tl.store(taken + row * N + token, rank < wanted, mask=token < N)
-    tl.store(least + row, tl.sum(tl.where((rank == wanted - 1) & (token < N), mine, 0), 0))
+    value = tl.load(score + row * N + token, mask=(rank == wanted - 1) & (token < N), other=0)
+    tl.store(least + row, tl.sum(value, 0))
 
 
 @triton.jit

@@ -101,6 +101,7 @@ class Trainer:
         averaged = [list(average.parameters()) for average in averages]
         if HAS_TRITON and one_pass_applies([*self.model.parameters(), *itertools.chain(*averaged)]):
             self.one_pass = OnePass(self.optimizer, self.clipped, config.training.clip_norm, averaged, self.trained)
+        assert trained is self.model or self.one_pass is not None, "nobody would move the weights of the copies"
         self.step = 0
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
@@ -182,9 +183,7 @@ class Trainer:
         """
         broken = ~self.objective.isfinite()
         on_device = self.optimizer.defaults["fused"]
-        if on_device:
-            self.optimizer.found_inf = broken.float()  # read by the fused kernels
-        elif broken:
+        if not on_device and broken:
             return
         buffers = [buffer for layer in self.model.moe_layers().values() for buffer in layer.router.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -193,6 +192,8 @@ class Trainer:
         if self.one_pass is not None:
             self.one_pass.step(norm, broken, [1 - decay for decay in decays])
         else:
+            if on_device:
+                self.optimizer.found_inf = broken.float()  # read by the fused kernels
             self.optimizer.step()
         if observed:
             self.model.update_routers(observed, self.step)

@@ -85,6 +85,7 @@ class OnePass:
             broken: bool scalar on the device that turns this into no step.
             shares: 1 - decay of each average.
         """
+        assert len(shares) == len(self.averages)
         self._find_addresses()
         group, = self.optimizer.param_groups  # another one after loading a state
         rates = self._send([group["lr"], *shares], torch.float64)

@@ -1,8 +1,9 @@
 """Float32 products of bf16 tokens on a GPU's matrix units, for routers: the gate, and the capacity predictor as one.
 
 A float32 number is the sum of three bf16 numbers, and a product of two bf16 numbers is exact in float32. So a product
-of tokens, which are bf16, with a float32 matrix is three bf16 products that add up in float32: as accurate as a float32
-product, which has no matrix units, at a third of their rate.
+of tokens, which are bf16, with a float32 matrix is three bf16 products that add up in float32, at a third of the matrix
+units' rate, where a float32 product has none. On an H100 the sum is right to 1e-6 (a library's float32: 2.5e-7, TF32:
+2e-4).
 
     product    y = x w^T                            d_x = d_y w,  d_w = d_y^T x
     predict    y = silu(a) v^T + c,  a = x w^T + b  d_a = (d_y v) silu'(a),  d_w = d_a^T x;  x gets no gradient

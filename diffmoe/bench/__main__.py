@@ -112,7 +112,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="of ours (default: bf16; fp32 on a CPU)")
     parser.add_argument("--sampling-steps", type=int, help="Euler steps (default: 50; 4 on a CPU)")
-    parser.add_argument("--sampling-batches", type=int, default=2, help="batches that a call samples (default: 2)")
+    parser.add_argument("--sampling-batches", type=int, default=Case.sampling_batches,
+                        help="batches that a call samples (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="visits of each case (default: 3; 2 on a CPU)")
     parser.add_argument("--visit", type=float, help="seconds of a visit (default: 1; 0.5 on a CPU)")
     parser.add_argument("--peak-tflops", type=float, help="what MFU is relative to (default: 989 on H100 and H200)")

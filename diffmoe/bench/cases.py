@@ -67,7 +67,7 @@ class Settings:
     precision: Precision
     sampling_steps: int
     """Integrator steps of one sampling batch."""
-    sampling_batches: int = 2
+    sampling_batches: int = Case.sampling_batches
     """Sampling batches of one call."""
     rounds: int
     """Visits of each case; the cases that fit in memory together take turns."""

@@ -71,18 +71,18 @@ class ExpertBank(nn.Module):
         with without_autocast(x_SD.device):
             weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
             x_SD, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
+            ends_E = routing.counts(len(self.w1)).cumsum(0).to(torch.int32)
             if kernels_apply(x_SD):
                 row_SE = routing.row_SE
                 if row_SE is None:
                     row_SE = row_table(token_N, routing.expert_of_pair(len(self.w1)), len(x_SD), len(self.w1))
-                ends_E = routing.counts(len(self.w1)).cumsum(0).to(torch.int32)
-                y_ND = self._compute(rows_of_tokens(x_SD, token_N, ends_E, row_SE), weights, routing)
+                y_ND = self._compute(rows_of_tokens(x_SD, token_N, ends_E, row_SE), weights, routing, ends_E)
                 return add_pairs(y_ND, gate_N, token_N, row_SE, given)
-            y_ND = self._compute(x_SD[token_N], weights, routing)
+            y_ND = self._compute(x_SD[token_N], weights, routing, ends_E)
             weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
             return weighted_ND.new_zeros(x_SD.shape).index_add_(0, token_N, weighted_ND).to(given)
 
-    def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
+    def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing, ends_E: Tensor) -> Tensor:
         equal = isinstance(routing.tokens_per_expert, int)
         backend = self.backend
         if backend is Backend.AUTO:
@@ -93,10 +93,10 @@ class ExpertBank(nn.Module):
         if backend is Backend.BATCHED:
             if not equal:
                 raise ValueError("backend=batched: this router gives experts unequal rows; use grouped, loop or auto")
-            return _batched(x_ND, weights, routing.tokens_per_expert)
+            return _batched(x_ND, weights, routing.tokens_per_expert, ends_E)
         if not grouped_is_supported(x_ND.device, x_ND.dtype):
             raise ValueError(f"backend=grouped: not available for {x_ND.dtype} on {x_ND.device.type}; use loop or auto")
-        return _grouped(x_ND, weights, routing)
+        return _grouped(x_ND, weights, ends_E)
 
 
 def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
@@ -120,24 +120,23 @@ def _loop(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
     return torch.cat([*outputs, torch.zeros_like(pads)])
 
 
-def _batched(x_ND: Tensor, weights: list[Tensor], rows: int) -> Tensor:
+def _batched(x_ND: Tensor, weights: list[Tensor], rows: int, ends_E: Tensor) -> Tensor:
     w1, b1, w2, b2 = weights
     x_ERD = x_ND.unflatten(0, (w1.shape[0], rows))
     # Not baddbmm: it first writes the bias to every row of its output and then reads that back.
     hidden_ERF = torch.bmm(x_ERD, w1)
     if kernels_apply(x_ND):
-        ends_E = torch.arange(1, len(w1) + 1, dtype=torch.int32, device=x_ND.device) * rows
         hidden_ERF = grouped_bias(hidden_ERF.flatten(0, 1), b1, ends_E, gelu=True).view_as(hidden_ERF)
     else:
         hidden_ERF = F.gelu(hidden_ERF + b1[:, None], approximate="tanh")
     return (torch.bmm(hidden_ERF, w2) + b2[:, None]).flatten(0, 1)
 
 
-def _grouped(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
+def _grouped(x_ND: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
     w1, b1, w2, b2 = weights
-    ends_E = routing.counts(len(w1)).cumsum(0).to(torch.int32)
-    add_bias = grouped_bias if kernels_apply(x_ND) else _grouped_bias
-    if not kernels_apply(x_ND):  # they neither read nor write pads
+    has_kernels = kernels_apply(x_ND)
+    add_bias = grouped_bias if has_kernels else _grouped_bias
+    if not has_kernels:  # they neither read nor write pads
         # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one
         # product, add_bias behind both: it gives zeros there, in the result and in the gradient.
         x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)

@@ -261,17 +261,14 @@ def test_grouped_refuses_float64_and_auto_computes_it():
     assert_close(measure(bank, x, routing, "auto"), expected, 1e-12, "auto")
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("odd equal", "_batched"), ("odd ragged", "_grouped")])
+@pytest.mark.parametrize(("name", "chosen"), [("odd equal", Backend.BATCHED), ("odd ragged", Backend.GROUPED)])
 def test_auto_takes_batched_for_equal_rows_and_grouped_for_ragged_ones(monkeypatch, name, chosen):
     assert grouped_is_supported(torch.device("cpu"), torch.float32)
-    calls = []
-    for backend in ("_loop", "_batched", "_grouped"):
-        original = getattr(experts_module, backend)
-        monkeypatch.setattr(experts_module, backend,
-                            lambda *args, backend=backend, original=original: calls.append(backend) or original(*args))
+    calls, original = [], experts_module._product
+    monkeypatch.setattr(experts_module, "_product", lambda *args: calls.append(args[-1]) or original(*args))
     bank, x, routing = case(name)
     bank(x, routing)
-    assert calls == [chosen]
+    assert calls == [chosen, chosen]
 
 
 def test_auto_falls_back_to_the_loop_where_grouped_products_are_missing(monkeypatch):

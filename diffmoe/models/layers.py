@@ -14,7 +14,7 @@ from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
 if HAS_TRITON:
     from diffmoe.models import norm_kernels
-    from diffmoe.models.bias_kernels import grouped_bias
+    from diffmoe.models.bias_kernels import bias_gelu
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10_000
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
             return self.fc2(linear_gelu(x_BTD.to(torch.bfloat16), self.fc1.weight.to(torch.bfloat16), bias))
         hidden = F.linear(x_BTD, self.fc1.weight).flatten(0, 1)  # one expert of all rows
         end = torch.full((1,), len(hidden), dtype=torch.int32, device=x_BTD.device)
-        hidden = grouped_bias(hidden, bias[None], end, gelu=True)
+        hidden = bias_gelu(hidden, bias[None], end)
         return self.fc2(hidden.unflatten(0, x_BTD.shape[:2]))
 
 

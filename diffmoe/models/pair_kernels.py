@@ -1,7 +1,7 @@
 """Triton kernels between tokens and routed pairs: each token's pairs are added up in a fixed order, without atomics.
 
     rows_of_tokens    x[token of the pair]; its gradient adds up each token's pairs
-    add_pairs         the sum over a token's pairs of weight * row
+    add_pairs         the sum over a token's pairs of weight * (row + bias of its expert)
 
 A table says which row a token has with each expert, so that a sum reads its terms instead of being written by them:
 the same run gives the same bits again, where atomic sums depend on which comes first.
@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+
+from diffmoe.models.tile_kernels import add_tiles, groups, num_tiles, place
 
 ROWS, COLS = 32, 64
 WIDTH_A_WARP = 256
@@ -53,44 +55,52 @@ def rows_of_tokens(x_SD: Tensor, token_N: Tensor, ends_E: Tensor, row_SE: Tensor
 
 
 @triton_op("diffmoe::add_pairs", mutates_args={})
-def add_pairs(y_ND: Tensor, gate_N: Tensor, token_N: Tensor, row_SE: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return each token's sum of gate * row in `dtype`, (S, D); zeros for a token without a pair.
+def add_pairs(y_ND: Tensor, bias_ED: Tensor, gate_N: Tensor, token_N: Tensor, ends_E: Tensor, row_SE: Tensor,
+              dtype: torch.dtype) -> Tensor:
+    """Return each token's sum of gate * (row + bias) in `dtype`, (S, D); zeros for a token without a pair.
 
     Args:
         y_ND: rows.
+        bias_ED: one bias an expert.
         gate_N: float32 weight of each row.
         token_N: int64 token of each row.
+        ends_E: int32, the end of each expert's rows; those from the last end on get no gradient.
         row_SE: `row_table`; rows that are not in it are left out.
         dtype: of the result.
     """
-    return _sum(y_ND, gate_N, row_SE, dtype)
+    return _sum(y_ND, bias_ED, gate_N, row_SE, dtype)
 
 
-def _sum(y_ND: Tensor, gate_N: Tensor | None, row_SE: Tensor, dtype: torch.dtype) -> Tensor:
+def _sum(y_ND: Tensor, bias_ED: Tensor | None, gate_N: Tensor | None, row_SE: Tensor, dtype: torch.dtype) -> Tensor:
     y_ND = y_ND.contiguous()
     (num_tokens, num_experts), width = row_SE.shape, y_ND.shape[1]
     out_SD = y_ND.new_empty(num_tokens, width, dtype=dtype)
     block = triton.next_power_of_2(width)
+    bias_ED, gate_N = (y_ND if value is None else value.contiguous() for value in (bias_ED, gate_N))
     wrap_triton(_add_rows)[num_tokens,](
-        y_ND, y_ND if gate_N is None else gate_N.contiguous(), row_SE, out_SD, width, num_experts, gate_N is not None,
-        block, num_warps=max(1, min(block // WIDTH_A_WARP, 8)))
+        y_ND, bias_ED, gate_N, row_SE, out_SD, width, num_experts, gate_N is not y_ND, block,
+        num_warps=max(1, min(block // WIDTH_A_WARP, 8)))
     return out_SD
 
 
 @triton_op("diffmoe::add_rows", mutates_args={})
 def add_rows(y_ND: Tensor, row_SE: Tensor) -> Tensor:
     """Return each token's sum of rows in their dtype, (S, D)."""
-    return _sum(y_ND, None, row_SE, y_ND.dtype)
+    return _sum(y_ND, None, None, row_SE, y_ND.dtype)
 
 
 @triton_op("diffmoe::add_pairs_backward", mutates_args={})
-def add_pairs_backward(d_out_SD: Tensor, y_ND: Tensor, gate_N: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the rows (N, D) and of their weights (N,) for that of the sums."""
-    d_out_SD, y_ND = d_out_SD.contiguous(), y_ND.contiguous()
+def add_pairs_backward(d_out_SD: Tensor, y_ND: Tensor, bias_ED: Tensor, gate_N: Tensor, token_N: Tensor,
+                       ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of rows (N, D), biases (E, D) and weights (N,) for that of the sums."""
+    d_out_SD, y_ND, bias_ED = d_out_SD.contiguous(), y_ND.contiguous(), bias_ED.contiguous()
     d_y_ND, d_gate_N = torch.empty_like(y_ND), torch.empty_like(gate_N)
-    wrap_triton(_add_pairs_backward)[(triton.cdiv(len(y_ND), ROWS),)](
-        d_out_SD, y_ND, gate_N.contiguous(), token_N, d_y_ND, d_gate_N, *y_ND.shape, ROWS, COLS)
-    return d_y_ND, d_gate_N
+    tiles = num_tiles(len(y_ND), ends_E, ROWS)
+    sums = y_ND.new_empty(tiles, y_ND.shape[1], dtype=torch.float32)
+    wrap_triton(_add_pairs_backward)[tiles,](
+        d_out_SD, y_ND, bias_ED, gate_N.contiguous(), token_N, ends_E, d_y_ND, d_gate_N, sums, y_ND.shape[1],
+        *groups(ends_E), ROWS, COLS)
+    return d_y_ND, add_tiles(sums, ends_E, ROWS, bias_ED.dtype), d_gate_N
 
 
 def _rows_context(ctx, inputs, output) -> None:
@@ -102,11 +112,11 @@ def _rows_autograd(ctx, d_y_ND):
 
 
 def _pairs_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _pairs_autograd(ctx, d_out_SD):
-    return *add_pairs_backward(d_out_SD, *ctx.saved_tensors), None, None, None
+    return *add_pairs_backward(d_out_SD, *ctx.saved_tensors), None, None, None, None
 
 
 rows_of_tokens.register_autograd(_rows_autograd, setup_context=_rows_context)
@@ -125,7 +135,7 @@ def _rows_of_tokens(x, token, ends, y, D, E, ROWS: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit
-def _add_rows(y, gate, table, out, D, E, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
+def _add_rows(y, bias, gate, table, out, D, E, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)  # one a program: most of its entries are empty, and cost a branch
     cols = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -134,22 +144,29 @@ def _add_rows(y, gate, table, out, D, E, WEIGHTED: tl.constexpr, WIDTH: tl.const
         if row >= 0:
             value = tl.load(y + row * D + cols, mask=cols < D, other=0).to(tl.float32)
             if WEIGHTED:
+                value += tl.load(bias + expert * D + cols, mask=cols < D, other=0).to(tl.float32)
                 value *= tl.load(gate + row)
             total += value
     tl.store(out + token * D + cols, total, mask=cols < D)
 
 
 @triton.jit
-def _add_pairs_backward(d_out, y, gate, token, d_y, d_gate, N, D, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = rows.to(tl.int64)[:, None] * D
-    weight = tl.load(gate + rows, mask=rows < N, other=0)[:, None]
-    source = tl.load(token + rows, mask=rows < N, other=0)[:, None] * D
+def _add_pairs_backward(d_out, y, bias, gate, token, ends, d_y, d_gate, sums, D, E: tl.constexpr, GROUPS: tl.constexpr,
+                        ROWS: tl.constexpr, COLS: tl.constexpr):
+    expert, rows, end = place(tl.program_id(0), ends, E, GROUPS, ROWS)
+    is_pair = rows < end
+    to = rows[:, None] * D
+    weight = tl.load(gate + rows, mask=is_pair, other=0)[:, None]
+    source = tl.load(token + rows, mask=is_pair, other=0)[:, None] * D
     product = tl.zeros((ROWS,), tl.float32)
     for start in range(0, D, COLS):
-        cols = (start + tl.arange(0, COLS))[None]
-        mask = (rows < N)[:, None] & (cols < D)
+        cols = start + tl.arange(0, COLS)
+        mask = is_pair[:, None] & (cols < D)
         d = tl.load(d_out + source + cols, mask=mask, other=0).to(tl.float32)
-        product += tl.sum(d * tl.load(y + place + cols, mask=mask, other=0).to(tl.float32), 1)
-        tl.store(d_y + place + cols, weight * d, mask=mask)
-    tl.store(d_gate + rows, product, mask=rows < N)
+        row = tl.load(y + to + cols, mask=mask, other=0).to(tl.float32)
+        row += tl.load(bias + expert * D + cols, mask=(cols < D) & (expert < E), other=0).to(tl.float32)
+        product += tl.sum(d * row, 1)
+        d *= weight
+        tl.store(d_y + to + cols, d, mask=mask)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * D + cols, tl.sum(d, 0), mask=cols < D)
+    tl.store(d_gate + rows, product, mask=is_pair)

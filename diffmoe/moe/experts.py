@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from diffmoe.config import Backend
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply, product_dtype
+from diffmoe.moe.float32 import at_least_float32
 from diffmoe.moe.routing import Routing, SeededGenerator, without_autocast
 
 if HAS_TRITON:
-    from diffmoe.models.bias_kernels import grouped_bias
+    from diffmoe.models.bias_kernels import bias_gelu
     from diffmoe.models.pair_kernels import add_pairs, row_table, rows_of_tokens
+    from diffmoe.moe.hidden_kernels import hidden_rows
 
 # Public since torch 2.10; the underscored name is the same operator before.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -69,34 +71,34 @@ class ExpertBank(nn.Module):
         """
         dtype, given = product_dtype(x_SD), x_SD.dtype
         with without_autocast(x_SD.device):
-            weights = [weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2)]
+            w1, b1, w2, b2 = (weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2))
             x_SD, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
-            ends_E = routing.counts(len(self.w1)).cumsum(0).to(torch.int32)
-            if kernels_apply(x_SD):
-                row_SE = routing.row_SE
-                if row_SE is None:
-                    row_SE = row_table(token_N, routing.expert_of_pair(len(self.w1)), len(x_SD), len(self.w1))
-                y_ND = self._compute(rows_of_tokens(x_SD, token_N, ends_E, row_SE), weights, routing, ends_E)
-                return add_pairs(y_ND, gate_N, token_N, row_SE, given)
-            y_ND = self._compute(x_SD[token_N], weights, routing, ends_E)
-            weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
-            return weighted_ND.new_zeros(x_SD.shape).index_add_(0, token_N, weighted_ND).to(given)
+            ends_E = routing.counts(len(w1)).cumsum(0).to(torch.int32)
+            backend = self._choose(x_SD, routing)
+            if not kernels_apply(x_SD):
+                y_ND = _add_bias(_feed_forward(x_SD[token_N], w1, b1, w2, ends_E, backend), b2, ends_E, backend)
+                weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
+                return weighted_ND.new_zeros(x_SD.shape).index_add_(0, token_N, weighted_ND).to(given)
+            row_SE = routing.row_SE
+            if row_SE is None:
+                row_SE = row_table(token_N, routing.expert_of_pair(len(w1)), len(x_SD), len(w1))
+            if torch.is_grad_enabled() or backend is Backend.LOOP:
+                x_ND = rows_of_tokens(x_SD, token_N, ends_E, row_SE)
+                y_ND = _feed_forward(x_ND, w1, b1, w2, ends_E, backend)
+            else:
+                y_ND = _product(hidden_rows(x_SD, token_N, w1, b1, ends_E), w2, ends_E, backend)
+            return add_pairs(y_ND, b2, gate_N, token_N, ends_E, row_SE, given)
 
-    def _compute(self, x_ND: Tensor, weights: list[Tensor], routing: Routing, ends_E: Tensor) -> Tensor:
+    def _choose(self, x_SD: Tensor, routing: Routing) -> Backend:
         equal = isinstance(routing.tokens_per_expert, int)
-        backend = self.backend
-        if backend is Backend.AUTO:
-            ragged = Backend.GROUPED if grouped_is_supported(x_ND.device, x_ND.dtype) else Backend.LOOP
-            backend = Backend.BATCHED if equal else ragged
-        if backend is Backend.LOOP:
-            return _loop(x_ND, weights, routing)
-        if backend is Backend.BATCHED:
-            if not equal:
-                raise ValueError("backend=batched: this router gives experts unequal rows; use grouped, loop or auto")
-            return _batched(x_ND, weights, routing.tokens_per_expert, ends_E)
-        if not grouped_is_supported(x_ND.device, x_ND.dtype):
-            raise ValueError(f"backend=grouped: not available for {x_ND.dtype} on {x_ND.device.type}; use loop or auto")
-        return _grouped(x_ND, weights, ends_E)
+        has_grouped = grouped_is_supported(x_SD.device, x_SD.dtype)
+        if self.backend is Backend.AUTO:
+            return Backend.BATCHED if equal else Backend.GROUPED if has_grouped else Backend.LOOP
+        if self.backend is Backend.BATCHED and not equal:
+            raise ValueError("backend=batched: this router gives experts unequal rows; use grouped, loop or auto")
+        if self.backend is Backend.GROUPED and not has_grouped:
+            raise ValueError(f"backend=grouped: not available for {x_SD.dtype} on {x_SD.device.type}; use loop or auto")
+        return self.backend
 
 
 def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
@@ -108,60 +110,50 @@ def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
-def _feed_forward(x_RD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return F.gelu(x_RD @ w1 + b1, approximate="tanh") @ w2 + b2
+def _feed_forward(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+    """Return gelu(x w1 + b1) w2, each row with its expert's weights; the last bias is added with the gate's weight."""
+    if backend is Backend.LOOP:
+        return _loop(x_ND, w1, b1, w2, ends_E)
+    if kernels_apply(x_ND):  # they neither read nor write pads
+        return _product(bias_gelu(_product(x_ND, w1, ends_E, backend), b1, ends_E), w2, ends_E, backend)
+    if backend is Backend.GROUPED:
+        # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one
+        # product, the sum behind both: it gives zeros there, in the result and in the gradient.
+        x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)
+    hidden_NF = F.gelu(_add_bias(_product(x_ND, w1, ends_E, backend), b1, ends_E, backend), approximate="tanh")
+    return _product(hidden_NF, w2, ends_E, backend)
 
 
-def _loop(x_ND: Tensor, weights: list[Tensor], routing: Routing) -> Tensor:
-    num_experts = weights[0].shape[0]
-    counts = routing.counts(num_experts).tolist()
-    *rows, pads = x_ND.split([*counts, x_ND.shape[0] - sum(counts)])
-    outputs = [_feed_forward(x_RD, *(weight[expert] for weight in weights)) for expert, x_RD in enumerate(rows)]
+def _loop(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tensor) -> Tensor:
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    *rows, pads = x_ND.split([*counts, len(x_ND) - sum(counts)])
+    outputs = [F.gelu(x_RD @ w1[expert] + b1[expert], approximate="tanh") @ w2[expert]
+               for expert, x_RD in enumerate(rows)]
     return torch.cat([*outputs, torch.zeros_like(pads)])
 
 
-def _batched(x_ND: Tensor, weights: list[Tensor], rows: int, ends_E: Tensor) -> Tensor:
-    w1, b1, w2, b2 = weights
-    x_ERD = x_ND.unflatten(0, (w1.shape[0], rows))
-    # Not baddbmm: it first writes the bias to every row of its output and then reads that back.
-    hidden_ERF = torch.bmm(x_ERD, w1)
-    if kernels_apply(x_ND):
-        hidden_ERF = grouped_bias(hidden_ERF.flatten(0, 1), b1, ends_E, gelu=True).view_as(hidden_ERF)
-    else:
-        hidden_ERF = F.gelu(hidden_ERF + b1[:, None], approximate="tanh")
-    return (torch.bmm(hidden_ERF, w2) + b2[:, None]).flatten(0, 1)
+def _add_bias(x_NO: Tensor, bias_EO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+    """Add each row's bias; zeros for pads.
 
-
-def _grouped(x_ND: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
-    w1, b1, w2, b2 = weights
-    has_kernels = kernels_apply(x_ND)
-    add_bias = grouped_bias if has_kernels else _grouped_bias
-    if not has_kernels:  # they neither read nor write pads
-        # The product leaves rows behind the last end unset, forward and backward. This mask stands before the one
-        # product, add_bias behind both: it gives zeros there, in the result and in the gradient.
-        x_ND = torch.where(_is_pair(x_ND, ends_E), x_ND, 0)
-    hidden_NF = add_bias(_grouped_product(x_ND, w1, ends_E), b1, ends_E, gelu=True)
-    return add_bias(_grouped_product(hidden_NF, w2, ends_E), b2, ends_E, gelu=False)
-
-
-def _grouped_bias(x_NO: Tensor, bias_EO: Tensor, ends_E: Tensor, gelu: bool) -> Tensor:
-    """Do what the kernel of this name does, with each row's bias in float32, and give zeros for pads.
-
-    The gradient of a bias adds up thousands of rows, too many for bf16.
+    The gradient of a ragged bias adds up thousands of rows, too many for bf16: it is added in float32.
     """
+    if backend is Backend.BATCHED:
+        return (x_NO.unflatten(0, (len(bias_EO), -1)) + bias_EO[:, None]).flatten(0, 1)
     valid_N1 = _is_pair(x_NO, ends_E)
     expert_N = torch.searchsorted(ends_E, torch.arange(len(x_NO), device=x_NO.device), right=True)
     expert_N = expert_N.clamp(max=len(ends_E) - 1)  # pads borrow the last expert's bias and are zeroed below
-    y_NO = (torch.where(valid_N1, x_NO, 0).float() + bias_EO.float()[expert_N]).to(x_NO.dtype)
-    return torch.where(valid_N1, F.gelu(y_NO, approximate="tanh") if gelu else y_NO, 0)
+    y_NO = at_least_float32(torch.where(valid_N1, x_NO, 0)) + at_least_float32(bias_EO)[expert_N]
+    return torch.where(valid_N1, y_NO.to(x_NO.dtype), 0)
 
 
 def _is_pair(x_ND: Tensor, ends_E: Tensor) -> Tensor:
     return (torch.arange(len(x_ND), device=x_ND.device) < ends_E[-1])[:, None]
 
 
-def _grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def _product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
     """Multiply each expert's rows by its matrix; rows behind the last end stay unset, as their gradient does."""
+    if backend is Backend.BATCHED:  # not baddbmm: it first writes the bias to every row, and then reads that back
+        return torch.bmm(x_NI.unflatten(0, (len(weight_EIO), -1)), weight_EIO).flatten(0, 1)
     in_size, out_size = weight_EIO.shape[1:]
     step = GROUPED_ALIGNMENT_BYTES // x_NI.element_size()
     in_pad, out_pad = -in_size % step, -out_size % step

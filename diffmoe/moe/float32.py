@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
 if HAS_TRITON:
-    from diffmoe.moe.router_kernels import predict, product
+    from diffmoe.moe.router_kernels import gate, predict
 
 
 class Float32Linear(nn.Linear):
@@ -24,7 +24,7 @@ class Float32Linear(nn.Linear):
     def forward(self, x_SD: Tensor) -> Tensor:
         """Map (S, D) to (S, O)."""
         if kernels_apply(x_SD):
-            return product(x_SD, self.weight)
+            return gate(x_SD, self.weight)
         return F.linear(at_least_float32(x_SD), self.weight)
 
 

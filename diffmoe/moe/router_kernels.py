@@ -1,17 +1,20 @@
 """Float32 products of bf16 tokens on a GPU's matrix units, for routers: the gate, and the capacity predictor as one.
 
-A float32 number is the sum of three bf16 numbers, and a product of two bf16 numbers is exact in float32. So a product
-of tokens, which are bf16, with a float32 matrix is three bf16 products that add up in float32, at a third of the matrix
-units' rate, where a float32 product has none. On an H100 the sum is right to 1e-6 (a library's float32: 2.5e-7, TF32:
-2e-4).
+A product of two bf16 numbers is exact in float32, and two bf16 numbers hold the first 16 bits of a float32 one, where
+TF32 holds 11. So a product of tokens, which are bf16, with a float32 matrix is two bf16 products that add up in
+float32, at half the matrix units' rate. On an H100 it is right to 2.6e-6 at a width of 384 and 3.3e-6 at 1,024. A third
+product would hold all 24 bits, for 1.4e-6 and 3.5e-6: the units' own sums are no better (a library's float32, without
+them: 6e-7; TF32: 2e-4).
 
-    product    y = x w^T                            d_x = d_y w,  d_w = d_y^T x
+    gate       y = x w^T                            d_x = d_y w,  d_w = d_y^T x
     predict    y = silu(a) v^T + c,  a = x w^T + b  d_a = (d_y v) silu'(a),  d_w = d_a^T x;  x gets no gradient
 
-Shapes: S tokens, D width, H hidden width, E experts; O columns of a result.
+Shapes: S tokens, D width, H hidden width, E experts.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -19,10 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-TERMS = 3
-"""bf16 numbers that make a float32 one, 8 bits of 24 each."""
-TILE = 128, 128, 64, 8, 3
-"""Rows, columns and depth of a product's tile, warps and stages."""
+TERMS = 2
+"""bf16 numbers that stand for a float32 one, 8 bits each; a power of 2."""
+ROWS_GATE, DEPTH_GATE = 128, 64
+ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD = 64, 128
+TILES = {512: (128, 128, 64, 8, 3), math.inf: (128, 256, 64, 8, 3)}
+"""Rows, columns and depth of a predictor's tile, warps and stages, by the most columns they are for."""
 ROWS_FORWARD, COLS_FORWARD = 64, 32
 ROWS_BACKWARD, COLS_BACKWARD = 16, 64
 PARTS = 128
@@ -35,34 +40,38 @@ def _padded(columns: int) -> int:
 
 
 def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return three tensors of `dtype` (bf16), stacked along a new first axis, whose sum is the float32 `x` exactly."""
-    high = x.to(dtype)
-    rest = x - high.float()
-    middle = rest.to(dtype)
-    return torch.stack([high, middle, (rest - middle.float()).to(dtype)])
+    """Return `TERMS` tensors of `dtype` (bf16), stacked along a new first axis, whose sum is nearest to `x`."""
+    parts: list[Tensor] = []
+    for _ in range(TERMS):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].float()
+    return torch.stack(parts)
 
 
-@triton_op("diffmoe::product", mutates_args={})
-def product(x_SD: Tensor, weight_OD: Tensor) -> Tensor:
-    """Return x w^T in float32, (S, O).
+@triton_op("diffmoe::gate", mutates_args={})
+def gate(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return x w^T in float32, (S, E).
 
     Args:
         x_SD: bf16 tokens.
-        weight_OD: float32.
+        weight_ED: float32.
     """
-    return _product(x_SD, weight_OD, None)
+    x_SD, (rows, width), experts = x_SD.contiguous(), x_SD.shape, len(weight_ED)
+    y_SE = x_SD.new_empty(rows, experts, dtype=torch.float32)
+    wrap_triton(_gate_forward)[triton.cdiv(rows, ROWS_GATE),](
+        x_SD, terms(weight_ED, x_SD.dtype), y_SE, rows, width, experts, _padded(experts), TERMS, ROWS_GATE, DEPTH_GATE)
+    return y_SE
 
 
-def _product(x_SD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    x_SD, terms_3OD = x_SD.contiguous(), terms(weight_OD, x_SD.dtype)
-    rows, width = x_SD.shape
-    cols = len(weight_OD)
-    y_SO = x_SD.new_empty(rows, cols, dtype=torch.float32)
-    tile_rows, tile_cols, depth, warps, stages = TILE if cols > 64 else (128, _padded(cols), 64, 4, 3)
-    wrap_triton(_product_kernel)[triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols),](
-        x_SD, terms_3OD, terms_3OD if bias_O is None else bias_O.contiguous(), y_SO, rows, cols, width,
-        bias_O is not None, tile_rows, tile_cols, depth, num_warps=warps, num_stages=stages)
-    return y_SO
+@triton_op("diffmoe::gate_backward", mutates_args={})
+def gate_backward(d_y_SE: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the tokens for that of the result, in `dtype` (S, D)."""
+    d_y_SE, (rows, experts), width = d_y_SE.contiguous(), d_y_SE.shape, weight_ED.shape[1]
+    d_x_SD = d_y_SE.new_empty(rows, width, dtype=dtype)
+    wrap_triton(_gate_backward)[triton.cdiv(rows, ROWS_GATE_BACKWARD), triton.cdiv(width, COLS_GATE_BACKWARD)](
+        d_y_SE, weight_ED.contiguous(), d_x_SD, rows, width, experts, _padded(experts), ROWS_GATE_BACKWARD,
+        COLS_GATE_BACKWARD)
+    return d_x_SD
 
 
 @torch.library.custom_op("diffmoe::weight_gradient", mutates_args=(), device_types=("cpu", "cuda"))
@@ -78,18 +87,18 @@ def _(terms_SN: Tensor, x_SD: Tensor) -> Tensor:
     return x_SD.new_empty(terms_SN.shape[1], x_SD.shape[1], dtype=torch.float32)
 
 
-def _product_context(ctx, inputs, output) -> None:
+def _gate_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _product_autograd(ctx, d_y_SO):
-    x_SD, weight_OD = ctx.saved_tensors
-    d_x_SD = (d_y_SO @ weight_OD).to(x_SD.dtype) if ctx.needs_input_grad[0] else None
-    terms_SN = terms(d_y_SO, x_SD.dtype).permute(1, 0, 2).flatten(1)  # one product for the three terms
+def _gate_autograd(ctx, d_y_SE):
+    x_SD, weight_ED = ctx.saved_tensors
+    d_x_SD = gate_backward(d_y_SE, weight_ED, x_SD.dtype) if ctx.needs_input_grad[0] else None
+    terms_SN = terms(d_y_SE, x_SD.dtype).permute(1, 0, 2).flatten(1)  # one product for all terms
     return d_x_SD, weight_gradient(terms_SN, x_SD).unflatten(0, (TERMS, -1)).sum(0)
 
 
-product.register_autograd(_product_autograd, setup_context=_product_context)
+gate.register_autograd(_gate_autograd, setup_context=_gate_context)
 
 
 @triton_op("diffmoe::predict", mutates_args={})
@@ -100,8 +109,12 @@ def predict(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) 
         x_SD: bf16 tokens; they get no gradient.
         w_HD, b_H, v_EH, c_E: float32 weights and biases of the two layers.
     """
-    a_SH = _product(x_SD, w_HD, b_H)
-    (rows, hidden), experts = a_SH.shape, len(v_EH)
+    x_SD, (rows, width), (experts, hidden) = x_SD.contiguous(), x_SD.shape, v_EH.shape
+    a_SH = x_SD.new_empty(rows, hidden, dtype=torch.float32)
+    tile_rows, tile_cols, depth, warps, stages = next(tile for most, tile in TILES.items() if hidden <= most)
+    wrap_triton(_hidden_forward)[triton.cdiv(rows, tile_rows) * triton.cdiv(hidden, tile_cols),](
+        x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols, depth,
+        num_warps=warps, num_stages=stages)
     y_SE = a_SH.new_empty(rows, experts)
     wrap_triton(_head_forward)[triton.cdiv(rows, ROWS_FORWARD),](
         a_SH, v_EH.contiguous(), c_E.contiguous(), y_SE, rows, hidden, experts, _padded(experts),
@@ -114,13 +127,14 @@ def predict_backward(d_y_SE: Tensor, x_SD: Tensor, a_SH: Tensor, v_EH: Tensor) -
     """Return the gradients of w (H, D), b (H,) and v (E, H) for that of the logits."""
     d_y_SE, a_SH = d_y_SE.contiguous(), a_SH.contiguous()
     (rows, hidden), experts = a_SH.shape, len(v_EH)
-    terms_S3H = x_SD.new_empty(rows, TERMS * hidden)
+    terms_STH = x_SD.new_empty(rows, TERMS * hidden)
     sums = a_SH.new_empty(PARTS, experts + 1, hidden)
     wrap_triton(_head_backward)[triton.cdiv(hidden, COLS_BACKWARD), PARTS](
-        d_y_SE, a_SH, v_EH.contiguous(), terms_S3H, sums, rows, hidden, experts,
-        _padded(experts), triton.cdiv(rows, PARTS * ROWS_BACKWARD), ROWS_BACKWARD, COLS_BACKWARD)
+        d_y_SE, a_SH, v_EH.contiguous(), terms_STH, sums, rows, hidden, experts,
+        _padded(experts), triton.cdiv(rows, PARTS * ROWS_BACKWARD), TERMS, ROWS_BACKWARD,
+        COLS_BACKWARD)
     total = sums.sum(0)
-    d_w_HD = weight_gradient(terms_S3H, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
+    d_w_HD = weight_gradient(terms_STH, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
     return d_w_HD, total[experts].clone(), total[:experts].clone()
 
 
@@ -138,20 +152,46 @@ predict.register_autograd(_predict_autograd, setup_context=_predict_context)
 
 
 @triton.jit
-def _product_kernel(x, w, bias, y, S, C, D, BIASED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def _gate_forward(x, w, y, S, D, E, EXPERTS: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr,
+                  DEPTH: tl.constexpr):
+    rows, cols = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, TERMS * EXPERTS)
+    expert = cols % EXPERTS
+    total = tl.zeros((ROWS, TERMS * EXPERTS), tl.float32)
+    for start in range(0, D, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        tokens = tl.load(x + rows[:, None] * D + d, mask=(rows < S)[:, None] & (d < D), other=0)
+        place = (cols // EXPERTS * E + expert) * D + d[:, None]
+        total = tl.dot(tokens, tl.load(w + place, mask=(expert < E) & (d < D)[:, None], other=0), total)
+    both = tl.sum(tl.reshape(total, (ROWS, TERMS, EXPERTS)), 1)
+    experts = tl.arange(0, EXPERTS)
+    tl.store(y + rows[:, None] * E + experts, both, mask=(rows < S)[:, None] & (experts < E))
+
+
+@triton.jit
+def _gate_backward(d_y, w, d_x, S, D, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows, experts = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    d = tl.load(d_y + rows[:, None] * E + experts, mask=(rows < S)[:, None] & (experts < E), other=0)
+    weight = tl.load(w + experts[:, None] * D + cols, mask=(experts < E)[:, None] & (cols < D), other=0)
+    tl.store(d_x + rows[:, None] * D + cols, tl.dot(d, weight, input_precision="tf32x3"),
+             mask=(rows < S)[:, None] & (cols < D))
+
+
+@triton.jit
+def _hidden_forward(x, w, b, a, S, H, D: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                     DEPTH: tl.constexpr):
-    tiles = tl.cdiv(C, COLS)  # tiles of the same rows are neighbours, so that these are read once
+    tiles = tl.cdiv(H, COLS)  # tiles of the same rows are neighbours, so that these are read once
     rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for step in range(3 * tl.cdiv(D, DEPTH)):  # one product a turn: three wait for one another
-        d = step // 3 * DEPTH + tl.arange(0, DEPTH)
+    # One product a turn, and turns counted when it is compiled: else the units wait for one another.
+    for step in range(TERMS * tl.cdiv(D, DEPTH)):
+        d = step // TERMS * DEPTH + tl.arange(0, DEPTH)
         tokens = tl.load(x + rows[:, None] * D + d, mask=(rows < S)[:, None] & (d < D), other=0)
-        term = tl.load(w + step % 3 * C * D + cols * D + d[:, None], mask=(cols < C) & (d < D)[:, None], other=0)
+        term = tl.load(w + step % TERMS * H * D + cols * D + d[:, None], mask=(cols < H) & (d < D)[:, None], other=0)
         total = tl.dot(tokens, term, total)
-    if BIASED:
-        total += tl.load(bias + cols, mask=cols < C, other=0)
-    tl.store(y + rows[:, None] * C + cols, total, mask=(rows < S)[:, None] & (cols < C))
+    total += tl.load(b + cols, mask=cols < H, other=0)
+    tl.store(a + rows[:, None] * H + cols, total, mask=(rows < S)[:, None] & (cols < H))
 
 
 @triton.jit
@@ -168,8 +208,8 @@ def _head_forward(a, v, c, y, S, H, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
-def _head_backward(d_y, a, v, terms, sums, S, H, E, EXPERTS: tl.constexpr, BLOCKS, ROWS: tl.constexpr,
-                   COLS: tl.constexpr):
+def _head_backward(d_y, a, v, terms, sums, S, H, E, EXPERTS: tl.constexpr, BLOCKS, TERMS: tl.constexpr,
+                   ROWS: tl.constexpr, COLS: tl.constexpr):
     cols, experts = tl.program_id(0) * COLS + tl.arange(0, COLS), tl.arange(0, EXPERTS)
     weight = tl.load(v + experts[:, None] * H + cols, mask=(experts < E)[:, None] & (cols < H), other=0)
     sum_v = tl.zeros((EXPERTS, COLS), tl.float32)
@@ -183,8 +223,8 @@ def _head_backward(d_y, a, v, terms, sums, S, H, E, EXPERTS: tl.constexpr, BLOCK
         sum_v = tl.dot(tl.trans(d), u * s, sum_v, input_precision="tf32x3")
         d_a = tl.dot(d, weight, input_precision="tf32x3") * s * (1 + u * (1 - s))
         sum_b += tl.sum(d_a, 0)
-        place = terms + rows[:, None] * (3 * H) + cols
-        for term in tl.static_range(3):
+        place = terms + rows[:, None] * (TERMS * H) + cols
+        for term in tl.static_range(TERMS):
             part = d_a.to(terms.dtype.element_ty)
             tl.store(place + term * H, part, mask=mask)
             d_a -= part.to(tl.float32)

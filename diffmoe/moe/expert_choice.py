@@ -105,7 +105,7 @@ class ExpertChoice(Router):
         if self.training:
             return self._train(x_BTD, scores_SE, row_bound)
         if self.options.inference is Inference.STATIC:
-            return self._static(scores_SE, self._num_pools(x_BTD))
+            return self._static(scores_SE, None, self._num_pools(x_BTD))
         return self._dynamic(x_BTD, scores_SE, row_bound)
 
     def update(self, observed: Tensor, num_updates: int) -> None:
@@ -148,29 +148,36 @@ class ExpertChoice(Router):
                 f"make the batch of {num_samples} images a whole number of pools")
         return num_samples // self.options.pool_images
 
-    def _static(self, scores_SE: Tensor, num_pools: int) -> Routing:
+    def _static(self, scores_SE: Tensor, logits_SE: Tensor | None, num_pools: int) -> Routing:
+        """Take the k highest scores of each expert and pool; of a predictor's logits, observe the k-th highest."""
         pool_tokens = scores_SE.shape[0] // num_pools
         k = tokens_an_expert_takes(pool_tokens, self.num_experts, self.capacity, "a pool")
         if selection_kernels_apply(scores_SE):
-            taken_ES, _ = take_largest(scores_SE.detach().t(), _everywhere(k, scores_SE, num_pools))
-            routing = Routing.from_mask(taken_ES.t(), scores_SE, num_rows=num_pools * k * self.num_experts)
+            seen_SE = _beside(scores_SE, logits_SE)
+            counts = torch.full((seen_SE.shape[1], num_pools), k, dtype=torch.int32, device=scores_SE.device)
+            taken, least = take_largest(seen_SE.t(), counts)
+            routing = Routing.from_mask(taken[:self.num_experts].t(), scores_SE,
+                                        num_rows=num_pools * k * self.num_experts)
             routing.tokens_per_expert, routing.overflow = num_pools * k, None  # equal rows, none too many
-            return routing
-        gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
-        first_P1 = torch.arange(num_pools, device=scores_SE.device)[:, None] * pool_tokens
-        return Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
-                       tokens_per_expert=num_pools * k)
+            observed_EP = least[self.num_experts:]
+        else:
+            gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
+            first_P1 = torch.arange(num_pools, device=scores_SE.device)[:, None] * pool_tokens
+            routing = Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
+                              tokens_per_expert=num_pools * k)
+            if logits_SE is not None:
+                logits_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
+                observed_EP = logits_EPn.topk(k, sorted=False).values.amin(-1)
+        if logits_SE is not None:
+            routing.observed = observed_EP.sigmoid().mean(1)
+        return routing
 
     def _train(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
         logits_SE = self.predictor(x_BTD.flatten(0, 1)) if self.options.predictor else None
         if self.pool_scope is PoolScope.GLOBAL and self.options.pool is Pool.BATCH:
             routing = self._static_of_all(len(x_BTD), scores_SE, logits_SE, row_bound)
         else:
-            num_pools = self._num_pools(x_BTD)
-            routing = self._static(scores_SE, num_pools)
-            if logits_SE is not None:
-                k = routing.tokens_per_expert // num_pools
-                routing.observed = _quantile(logits_SE.detach(), num_pools, k)
+            routing = self._static(scores_SE, logits_SE, self._num_pools(x_BTD))
         if logits_SE is not None:
             chosen_SE = routing.mask(*scores_SE.shape)
             bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
@@ -182,12 +189,11 @@ class ExpertChoice(Router):
         """Take this process's pairs of the pools of all processes, with the quantile of those pools."""
         pool_images = self.options.pool_images or num_samples * self.world.size
         world = ALONE if num_samples % pool_images == 0 else self.world  # pools that end here need nobody else
-        seen = (scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)).detach()
         num_pools = num_samples * world.size // pool_images
-        seen_EPn = rearrange(world.gather(seen), "(p n) e -> e p n", p=num_pools)
+        seen_EPn = rearrange(world.gather(_beside(scores_SE, logits_SE)), "(p n) e -> e p n", p=num_pools)
         k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")
-        taken_EPn, _ = largest(seen_EPn[:self.num_experts], k)
-        taken_SE = rearrange(taken_EPn, "e p n -> (p n) e")
+        taken_EPn, least_EP = largest(seen_EPn, k)
+        taken_SE = rearrange(taken_EPn[:self.num_experts], "e p n -> (p n) e")
         taken_SE = taken_SE[world.share(len(taken_SE))]
         alone = world.size == 1
         rows = num_pools * k * self.num_experts if alone else row_count(row_bound, *scores_SE.shape)
@@ -195,7 +201,7 @@ class ExpertChoice(Router):
         if alone:  # equal rows, none too many
             routing.tokens_per_expert, routing.overflow = num_pools * k, None
         if logits_SE is not None:
-            routing.observed = _quantile(rearrange(seen_EPn[self.num_experts:], "e p n -> (p n) e"), num_pools, k)
+            routing.observed = least_EP[self.num_experts:].sigmoid().mean(1)
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
@@ -254,16 +260,6 @@ class ExpertChoice(Router):
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")
 
 
-def _quantile(logits_SE: Tensor, num_pools: int, k: int) -> Tensor:
-    """Return each expert's k-th largest predicted probability, averaged over pools, (E,)."""
-    if selection_kernels_apply(logits_SE):
-        _, least_EP = take_largest(logits_SE.t(), _everywhere(k, logits_SE, num_pools))
-    else:
-        logits_EPn = rearrange(logits_SE, "(p n) e -> e p n", p=num_pools)
-        least_EP = logits_EPn.topk(k, sorted=False).values.amin(-1)
-    return least_EP.sigmoid().mean(1)
-
-
-def _everywhere(k: int, scores_SE: Tensor, num_pools: int) -> Tensor:
-    """Return k for each expert and pool, int32 (E, P)."""
-    return torch.full((scores_SE.shape[1], num_pools), k, dtype=torch.int32, device=scores_SE.device)
+def _beside(scores_SE: Tensor, logits_SE: Tensor | None) -> Tensor:
+    """Return what a selection looks at: the scores and, behind them, a predictor's logits, (S, E or 2 E)."""
+    return (scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)).detach()

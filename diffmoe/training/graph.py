@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 import torch
 import torch._inductor.config  # torch loads it late
 from torch import Tensor, nn
-from torch._inductor.async_compile import AsyncCompile
 
 EAGER_CALLS = 3
 """Calls before the capture; they compile and choose algorithms."""
@@ -34,15 +33,6 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
     torch._inductor.config.deterministic = True
     for block in blocks:
         block.compile(dynamic=False)
-
-
-def start_compilers() -> None:
-    """Start the processes that compile kernels, without waiting for them.
-
-    That takes them seconds, in which a network can be built; what is compiled before they are ready is compiled here,
-    one after another.
-    """
-    AsyncCompile.use_process_pool()
 
 
 def release_memory(device: torch.device) -> None:

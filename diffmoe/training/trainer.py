@@ -22,7 +22,7 @@ from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
-from diffmoe.training.graph import Graphed, start_compilers
+from diffmoe.training.graph import Graphed
 from diffmoe.training.parallel import distribute, gathered, local, shared_out, whole
 from diffmoe.training.precision import autocast, tf32
 
@@ -73,15 +73,13 @@ class Trainer:
         self.device = device
         self.world = world
         self.micro_batch = micro_batch_size(config, world)
-        compiled = config.runtime.compiles(device.type)
-        if compiled and device.type == "cuda":
-            start_compilers()
         self.data = data.to(device)
         self.order = ImageOrder(len(data), seed)
         self.process = build_process(config.diffusion)
         self.dtype = torch.float64 if config.training.precision is Precision.FP64 else torch.float32
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
+        compiled = config.runtime.compiles(device.type)
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]

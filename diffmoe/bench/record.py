@@ -97,8 +97,8 @@ class BenchRecord:
         return None if self.peak_flops is None else result.flops / self.peak_flops
 
     def find(self, **wanted: Any) -> list[Result]:
-        """Return the results that are ok and whose case has these fields."""
-        return [result for result in self.results if result.status == OK and
+        """Return the timed results whose case has these fields; a call that was stopped has one that is not."""
+        return [result for result in self.results if result.status == OK and result.samples_ms and
                 all(getattr(result.case, name) == value for name, value in wanted.items())]
 
     def ratio(self, result: Result, **changes: Any) -> float | None:

@@ -121,7 +121,8 @@ def results_table(record: BenchRecord) -> str:
         keys = (case.workload, case.size, SYSTEMS.get(case.system, case.system), IMPLEMENTATIONS[case.implementation],
                 " ".join(filter(None, (case.work, case.load))), str(case.batch))
         if result.status != OK or not result.samples_ms:
-            lines.append((*keys, result.message or result.status, *[""] * 6))
+            reason = "stopped before it was timed" if result.status == OK else result.message or result.status
+            lines.append((*keys, reason, *[""] * 6))
             continue
         low, middle, high = result.quartiles_ms
         mfu = record.mfu(result)

@@ -61,8 +61,7 @@ class Target:
         if self.largest and not record.settings.get("largest"):
             return None
         wanted = {name: getattr(self, name) for name in LOOKUP if getattr(self, name) is not None}
-        values = [self._value(record, result) for result in record.find(**wanted, implementation="ours")
-                  if result.samples_ms]
+        values = [self._value(record, result) for result in record.find(**wanted, implementation="ours")]
         return next((value for value in values if value is not None), None)
 
     def _value(self, record: BenchRecord, result: Result) -> float | None:

@@ -202,9 +202,9 @@ def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, COPIED:
         m = tl.load(moment, mask=mask)
         v = tl.load(square, mask=mask)
         m += (1 - BETA1) * (g - m)
-        v = BETA2 * v + (1 - BETA2) * g * g
+        v = tl.fma(v, BETA2, (1 - BETA2) * g * g)  # else the compiler picks what to round, for each gradient's dtype
         d = tl.sqrt_rn(v) * tl.load(numbers + CORRECTION * N) + EPS
-        w = w * tl.load(numbers + KEPT * N) - tl.load(numbers + RATE * N) * tl.div_rn(m, d)
+        w = tl.fma(-tl.load(numbers + RATE * N), tl.div_rn(m, d), w * tl.load(numbers + KEPT * N))
         tl.store(moment, m, mask=mask)
         tl.store(square, v, mask=mask)
         tl.store(weight, w, mask=mask)

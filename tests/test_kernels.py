@@ -200,7 +200,7 @@ def test_the_predictor_in_one_is_its_layers_in_float32(shape):
 
 
 @on_device
-@pytest.mark.parametrize(("few", "chunk"), [(128, 2048), (8, 32), (8, 2048)])
+@pytest.mark.parametrize(("few", "chunk"), [(256, 2048), (8, 32), (8, 2048)])
 @pytest.mark.parametrize(("experts", "pools", "tokens"), [(3, 1, 200), (4, 5, 16), (2, 2, 100), (16, 1, 64)], ids=str)
 def test_the_largest_are_the_first_of_a_stable_sort(experts, pools, tokens, few, chunk, monkeypatch):
     from diffmoe.moe import selection_kernels
@@ -222,7 +222,7 @@ def test_the_largest_are_the_first_of_a_stable_sort(experts, pools, tokens, few,
 
 
 @on_device
-@pytest.mark.parametrize("few", [128, 8])
+@pytest.mark.parametrize("few", [256, 8])
 def test_as_many_are_taken_where_scores_are_not_numbers(few, monkeypatch):
     from diffmoe.moe import selection_kernels
 

@@ -96,8 +96,9 @@ def measured_targets(records: Sequence[BenchRecord]) -> str:
     """Return the targets that were measured, without their records, and how many were not."""
     lines = _target_lines(records)
     measured = [line[:-1] for line in lines if line[2]]
+    met = sum(line[3] == "met" for line in lines)
     return (_markdown(("what", "target", "measured", ""), measured)
-            + f"\n\nNot measured yet: {len(lines) - len(measured)} of {len(lines)} targets.\n")
+            + f"\n\n{met} of {len(lines)} targets are met, {len(lines) - len(measured)} not measured.\n")
 
 
 def _texts(records: Sequence[BenchRecord]) -> dict[str, str]:

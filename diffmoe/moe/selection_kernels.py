@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-FEW = 128
-"""Tokens of a pool that are compared with one another."""
+FEW = 256
+"""Tokens of a pool that are compared with one another; an image of ImageNet's latents has as many."""
+TOKENS_A_WARP = 32
 CHUNK = 2048
 DIGITS = 4
 """Of 8 bits each."""
@@ -35,7 +36,9 @@ def take_largest(score_ES: Tensor, count_EP: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = count_EP.numel(), score_ES.shape[1] // count_EP.shape[1]
     taken_ES, least_EP = torch.empty_like(score_ES, dtype=torch.bool), torch.empty_like(count_EP, dtype=torch.float32)
     if size <= FEW:
-        wrap_triton(_take_of_few)[rows,](score_ES, count_EP, taken_ES, least_EP, size, triton.next_power_of_2(size))
+        block = triton.next_power_of_2(size)
+        wrap_triton(_take_of_few)[rows,](score_ES, count_EP, taken_ES, least_EP, size, block,
+                                         num_warps=max(block // TOKENS_A_WARP, 4))
         return taken_ES, least_EP
     grid = rows, triton.cdiv(size, CHUNK)
     frequency = torch.zeros(DIGITS, rows, 256, dtype=torch.int32, device=score_ES.device)

@@ -418,6 +418,9 @@ def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
     assert "| 250 | 8 [8, 8] | 1.25 | 5.00 | 25.0% |" in table
     assert "| attention | 4 | 4 | 50% | 0.1 | 0.001 | 10% | eager |" in table
     assert "out of memory" in table and "data: theirs lies ready" in table and "not measured" in table
+    targets = (tmp_path / "targets.md").read_text()
+    assert "| cifar10 diffmoe train cold cache, s to start | **3** (≤ 45) |" in targets
+    assert targets.startswith("1 of 29 targets") and "not measured (≥ 8)" in targets
     (tmp_path / "table.md").write_text(table + " ")
     (tmp_path / "roofline.png").unlink()
     assert len(check_bench_report(tmp_path)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from diffmoe.bench.record import OK, BenchRecord, Result, read_benches
-from diffmoe.bench.targets import judge
+from diffmoe.bench.targets import NAMES, judge
 from diffmoe.config import ConfigError
 from diffmoe.report.style import COLOURS, SYSTEMS
 
@@ -88,30 +89,33 @@ def table_markdown(records: Sequence[BenchRecord]) -> str:
 
 
 def targets_table(records: Sequence[BenchRecord]) -> str:
-    """Return the targets with what was measured."""
-    return _markdown(("what", "target", "measured", "", "record"), _target_lines(records))
+    """Return each target with what was measured, and in which record."""
+    lines = [(target.name, f"{target.limit} {NAMES[target.against]}", "" if value is None else _number(value),
+              "not measured" if value is None else "met" if target.is_met(value) else "not met", source)
+             for target, value, source in judge(records)]
+    return _markdown(("what", "target", "measured", "", "record"), lines)
 
 
 def measured_targets(records: Sequence[BenchRecord]) -> str:
-    """Return the targets that were measured, without their records, and how many were not."""
-    lines = _target_lines(records)
-    measured = [line[:-1] for line in lines if line[2]]
-    met = sum(line[3] == "met" for line in lines)
-    return (_markdown(("what", "target", "measured", ""), measured)
-            + f"\n\n{met} of {len(lines)} targets are met, {len(lines) - len(measured)} not measured.\n")
+    """Return what was measured of the targets, a row for each kind of work and a column for each size."""
+    judged = [(target, value, value is not None and target.is_met(value)) for target, value, _ in judge(records)]
+    sizes = sorted({target.size for target, *_ in judged}, key=lambda size: ("SBL".index(size[0]), size))
+    rows: dict[str, dict[str, str]] = {}
+    for target, value, met in judged:
+        work = f"{dataclasses.replace(target, size='').name}, {NAMES[target.against]}"
+        number = "not measured" if value is None else f"**{_number(value)}**" if met else _number(value)
+        rows.setdefault(work, {})[target.size] = f"{number} ({target.limit})"
+    lines = [(work, *(cells.get(size, "") for size in sizes)) for work, cells in rows.items()]
+    return (f"{sum(met for *_, met in judged)} of {len(judged)} targets, in parentheses, are met: bold.\n\n"
+            + _markdown(("", *sizes), lines) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _texts(records: Sequence[BenchRecord]) -> dict[str, str]:
     return {"table.md": table_markdown(records), "targets.md": measured_targets(records)}
-
-
-def _target_lines(records: Sequence[BenchRecord]) -> list[tuple[str, ...]]:
-    lines = []
-    for target, value, source in judge(records):
-        verdict = "not measured" if value is None else "met" if target.is_met(value) else "not met"
-        number = "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-        lines.append((target.name, target.bound, number, verdict, source))
-    return lines
 
 
 def results_table(record: BenchRecord) -> str:

@@ -41,12 +41,11 @@ class Target:
         return " ".join(part for part in parts if part)
 
     @property
-    def bound(self) -> str:
-        """Return the number to reach, with its direction and measure."""
+    def limit(self) -> str:
+        """Return the number to reach, with its direction."""
         if self.at_least == 0:
             return "runs"
-        sign, value = ("≥", self.at_least) if self.at_most is None else ("≤", self.at_most)
-        return f"{sign} {value:g} {NAMES[self.against]}"
+        return f"≥ {self.at_least:g}" if self.at_most is None else f"≤ {self.at_most:g}"
 
     def is_met(self, value: float) -> bool:
         """Compare."""

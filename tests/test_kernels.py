@@ -83,7 +83,7 @@ def test_bias_and_gelu_by_expert(ends, pads, width, dtype):
 
 @on_device
 @pytest.mark.parametrize(("ends", "pads", "width", "hidden"), [
-    ([150, 300], 0, 64, 256), ([0, 5, 5, 70, 200], 13, 33, 70), ([0, 0], 3, 16, 16)], ids=str)
+    ([150, 300], 0, 64, 256), ([0, 5, 5, 70, 200], 13, 33, 70), ([0, 0], 3, 16, 16), ([30, 70], 2, 576, 512)], ids=str)
 def test_hidden_rows_of_experts_in_one(ends, pads, width, hidden):
     from diffmoe.moe.hidden_kernels import hidden_rows
 
@@ -184,7 +184,7 @@ def test_gates_are_products_in_float32(shape):
 
 
 @on_device
-@pytest.mark.parametrize("shape", [(70, 48, 16), (200, 130, 4), (5000, 64, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 48, 16), (200, 130, 4), (5000, 64, 5), (40, 520, 3)], ids=str)
 def test_the_predictor_in_one_is_its_layers_in_float32(shape):
     from diffmoe.moe.router_kernels import predict
 

@@ -1,7 +1,8 @@
-"""What Triton kernels over experts' rows share: rows lie expert by expert, and a tile is ROWS rows of one expert.
+"""What Triton kernels share: the tiles of products, and those of experts' rows.
 
-Tiles are numbered expert by expert, so that a sum over an expert's rows is that of consecutive tiles' sums: one pass
-over the rows, no atomics, a fixed order. Rows behind the last expert's (pads) are in no tile.
+Experts' rows lie expert by expert, and a tile is ROWS rows of one expert. Tiles are numbered expert by expert, so that a
+sum over an expert's rows is that of consecutive tiles' sums: one pass over the rows, no atomics, a fixed order. Rows
+behind the last expert's (pads) are in no tile.
 Shapes: N rows, E experts, F width.
 """
 
@@ -15,6 +16,19 @@ from torch.library import wrap_triton
 
 COLS = 64
 TILES_AT_ONCE = 16
+SMALL, LARGE = (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)
+"""Tiles of a product: rows, columns and depth, warps and stages."""
+LARGE_BYTES = 3 * 64 * (128 + 256) * 2
+"""Shared memory of a large one: more than graphics cards have."""
+
+
+def product_tile(width: int, device: torch.device) -> tuple[int, int, int, int, int]:
+    """Return the tile of a product of bf16 rows of this width: the large one where it is faster, and fits."""
+    if width <= 512:
+        return SMALL
+    fits = device.type == "cpu" or (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_BYTES)
+    return LARGE if fits else SMALL
 
 
 def num_tiles(num_rows: int, ends_E: Tensor, rows: int) -> int:

@@ -6,18 +6,13 @@ Shapes: S tokens, N rows, E experts, D width, F hidden width.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from diffmoe.models.bias_kernels import sigmoid_2v
-from diffmoe.models.tile_kernels import groups, num_tiles, place
-
-TILES = {512: (128, 128, 64, 8, 3), math.inf: (128, 256, 64, 8, 3)}
-"""Rows, columns and depth of a tile, warps and stages, by the largest width they are for."""
+from diffmoe.models.tile_kernels import groups, num_tiles, place, product_tile
 
 
 @triton_op("diffmoe::hidden_rows", mutates_args={})
@@ -32,7 +27,7 @@ def hidden_rows(x_SD: Tensor, token_N: Tensor, w1_EDF: Tensor, b1_EF: Tensor, en
     """
     num_rows, (_, width, hidden) = len(token_N), w1_EDF.shape
     h_NF = x_SD.new_empty(num_rows, hidden)
-    rows, cols, depth, warps, stages = next(tile for most, tile in TILES.items() if width <= most)
+    rows, cols, depth, warps, stages = product_tile(width, x_SD.device)
     wrap_triton(_hidden_rows)[triton.cdiv(hidden, cols), num_tiles(num_rows, ends_E, rows)](
         x_SD.contiguous(), token_N, ends_E, w1_EDF.contiguous(), b1_EF.contiguous(), h_NF, width, hidden,
         *groups(ends_E), rows, cols, depth, num_warps=warps, num_stages=stages)

@@ -14,20 +14,18 @@ Shapes: S tokens, D width, H hidden width, E experts.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from diffmoe.models.tile_kernels import product_tile
+
 TERMS = 2
 """bf16 numbers that stand for a float32 one, 8 bits each; a power of 2."""
 ROWS_GATE, DEPTH_GATE = 128, 64
 ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD = 64, 128
-TILES = {512: (128, 128, 64, 8, 3), math.inf: (128, 256, 64, 8, 3)}
-"""Rows, columns and depth of a predictor's tile, warps and stages, by the most columns they are for."""
 ROWS_FORWARD, COLS_FORWARD = 64, 32
 ROWS_BACKWARD, COLS_BACKWARD = 16, 64
 PARTS = 128
@@ -111,7 +109,7 @@ def predict(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) 
     """
     x_SD, (rows, width), (experts, hidden) = x_SD.contiguous(), x_SD.shape, v_EH.shape
     a_SH = x_SD.new_empty(rows, hidden, dtype=torch.float32)
-    tile_rows, tile_cols, depth, warps, stages = next(tile for most, tile in TILES.items() if hidden <= most)
+    tile_rows, tile_cols, depth, warps, stages = product_tile(width, x_SD.device)
     wrap_triton(_hidden_forward)[triton.cdiv(rows, tile_rows) * triton.cdiv(hidden, tile_cols),](
         x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols, depth,
         num_warps=warps, num_stages=stages)

@@ -1,8 +1,8 @@
 """What Triton kernels share: the tiles of products, and those of experts' rows.
 
-Experts' rows lie expert by expert, and a tile is ROWS rows of one expert. Tiles are numbered expert by expert, so that a
-sum over an expert's rows is that of consecutive tiles' sums: one pass over the rows, no atomics, a fixed order. Rows
-behind the last expert's (pads) are in no tile.
+Experts' rows lie expert by expert, and a tile is ROWS rows of one expert. Tiles are numbered likewise, so that a sum
+over an expert's rows is that of consecutive tiles' sums: one pass over the rows, no atomics, a fixed order. Rows behind
+the last expert's (pads) are in no tile.
 Shapes: N rows, E experts, F width.
 """
 

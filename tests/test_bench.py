@@ -404,7 +404,8 @@ def test_targets_are_judged_by_the_latest_record_that_has_them() -> None:
 def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
     part = {"name": "attention", "count": 4, "ms": 1.0, "flops": 1e8, "bytes": 1e6, "how": "eager"}
     record = empty_record(
-        results=[result(8.0, [part, part | {"name": "routing", "error": "out of memory"}]), result(system="dense"),
+        results=[*(Result(case=case(system), status="ok") for system in ("dense", "expert_choice")),  # stopped
+                 result(8.0, [part, part | {"name": "routing", "error": "out of memory"}]), result(system="dense"),
                  result(40.0, implementation="reference-tf32"),
                  Result(case=case("token_choice"), status="out of memory", message="out of memory")],
         startup=[{"workload": "cifar10", "size": "S-E16", "system": "diffmoe", "batch": 512, "cache": "cold",
@@ -417,6 +418,7 @@ def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert "| 250 | 8 [8, 8] | 1.25 | 5.00 | 25.0% |" in table
     assert "| attention | 4 | 4 | 50% | 0.1 | 0.001 | 10% | eager |" in table
+    assert table.count("stopped before it was timed") == 2
     assert "out of memory" in table and "data: theirs lies ready" in table and "not measured" in table
     targets = (tmp_path / "targets.md").read_text()
     assert "| cifar10 diffmoe train cold cache, s to start | **3** (≤ 45) |" in targets

@@ -119,6 +119,19 @@ def test_copies_that_train_in_bf16_change_no_bit(system, monkeypatch):
     assert [name for name, value in rounded.items() if not torch.equal(value, plain[name])] == []
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_copies_train_as_well_compiled_and_clipped(system, monkeypatch):
+    config = digits_config(system, "training.precision=bf16", "training.clip_norm=0.1", "runtime.compile=true")
+    data = load_data(config.data, config.model)
+
+    def losses(rounds):
+        monkeypatch.setattr(Trainer, "_rounds", lambda trainer: rounds)
+        trainer = Trainer(config, 0, data, CUDA)
+        return torch.stack([trainer.train_step()["mse"] for _ in range(EAGER_CALLS + 20)])
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=2e-2, atol=0)
+
+
 STEPS = """
 import sys
 from hashlib import sha256

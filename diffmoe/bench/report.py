@@ -99,7 +99,7 @@ def targets_table(records: Sequence[BenchRecord]) -> str:
 def measured_targets(records: Sequence[BenchRecord]) -> str:
     """Return what was measured of the targets, a row for each kind of work and a column for each size."""
     judged = [(target, value, value is not None and target.is_met(value)) for target, value, _ in judge(records)]
-    sizes = sorted({target.size for target, *_ in judged}, key=lambda size: ("SBL".index(size[0]), size))
+    sizes = list(dict.fromkeys(target.size for target, *_ in judged))
     rows: dict[str, dict[str, str]] = {}
     for target, value, met in judged:
         work = f"{dataclasses.replace(target, size='').name}, {NAMES[target.against]}"
@@ -111,7 +111,7 @@ def measured_targets(records: Sequence[BenchRecord]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _texts(records: Sequence[BenchRecord]) -> dict[str, str]:
@@ -186,7 +186,7 @@ def ratios_data(records: Sequence[BenchRecord]) -> pd.DataFrame:
             for against, changes in (("dense", {"system": "dense"}),
                                      ("authors, TF32", {"implementation": "reference-tf32"}),
                                      ("authors, bf16", {"implementation": "reference-bf16"})):
-                ratio = record.ratio(result, **changes) if result.samples_ms else None
+                ratio = record.ratio(result, **changes)
                 case = result.case
                 if ratio is None or (against == "dense" and case.system == "dense"):
                     continue

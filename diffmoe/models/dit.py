@@ -139,8 +139,8 @@ class DiT(nn.Module):
     def rounded(self, dtype: torch.dtype) -> DiT:
         """Return this network with copies in `dtype` of what autocast would round for each product anew.
 
-        All else is shared: routers and embeddings, which stay float32, and buffers. Outputs under autocast are the
-        same, to the last bit; gradients of the copies are theirs.
+        All else is shared: routers and embeddings, which stay float32, and buffers. Uncompiled, outputs under autocast
+        and gradients are the same to the last bit; a compiler need not round what it reads again.
         """
         routers = [layer.router for layer in self.moe_layers().values()]
         exact = {id(module) for router in routers for module in router.modules()}

@@ -64,7 +64,7 @@ def add_pairs(y_ND: Tensor, bias_ED: Tensor, gate_N: Tensor, token_N: Tensor, en
         bias_ED: one bias an expert.
         gate_N: float32 weight of each row.
         token_N: int64 token of each row.
-        ends_E: int32, the end of each expert's rows; those from the last end on get no gradient.
+        ends_E: int32, the end of each expert's rows; those from the last end on are in no sum.
         row_SE: `row_table`; rows that are not in it are left out.
         dtype: of the result.
     """
@@ -92,9 +92,12 @@ def add_rows(y_ND: Tensor, row_SE: Tensor) -> Tensor:
 @triton_op("diffmoe::add_pairs_backward", mutates_args={})
 def add_pairs_backward(d_out_SD: Tensor, y_ND: Tensor, bias_ED: Tensor, gate_N: Tensor, token_N: Tensor,
                        ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of rows (N, D), biases (E, D) and weights (N,) for that of the sums."""
+    """Return the gradients of rows (N, D), biases (E, D) and weights (N,) for that of the sums.
+
+    Rows behind the last expert's are left unset, their weights get 0: who made the weights may still read those.
+    """
     d_out_SD, y_ND, bias_ED = d_out_SD.contiguous(), y_ND.contiguous(), bias_ED.contiguous()
-    d_y_ND, d_gate_N = torch.empty_like(y_ND), torch.empty_like(gate_N)
+    d_y_ND, d_gate_N = torch.empty_like(y_ND), torch.zeros_like(gate_N)
     tiles = num_tiles(len(y_ND), ends_E, ROWS)
     sums = y_ND.new_empty(tiles, y_ND.shape[1], dtype=torch.float32)
     wrap_triton(_add_pairs_backward)[tiles,](

@@ -16,19 +16,11 @@ from torch.library import wrap_triton
 
 COLS = 64
 TILES_AT_ONCE = 16
-SMALL, LARGE = (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)
-"""Tiles of a product: rows, columns and depth, warps and stages."""
-LARGE_BYTES = 3 * 64 * (128 + 256) * 2
-"""Shared memory of a large one: more than graphics cards have."""
 
 
-def product_tile(width: int, device: torch.device) -> tuple[int, int, int, int, int]:
-    """Return the tile of a product of bf16 rows of this width: the large one where it is faster, and fits."""
-    if width <= 512:
-        return SMALL
-    fits = device.type == "cpu" or (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_BYTES)
-    return LARGE if fits else SMALL
+def product_tile(width: int) -> tuple[int, int, int, int, int]:
+    """Return rows, columns, depth, warps and stages of a tile of a product of bf16 rows of this width."""
+    return 128, 256 if width > 512 else 128, 64, 8, 3
 
 
 def num_tiles(num_rows: int, ends_E: Tensor, rows: int) -> int:
@@ -64,7 +56,8 @@ def _tiles(ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def place(tile, ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """Return a tile's group, its rows, int64 (ROWS,), and the end of those that are the group's; E: no rows."""
+    """Return a tile's group, its rows, int64 (ROWS,), and the end of those that are the group's. A group from E on
+    has no rows."""
     start, end, first_tile, behind = _tiles(ends, E, GROUPS, ROWS)
     mine = tl.sum((behind <= tile).to(tl.int32), 0)  # GROUPS behind the last tile: no rows
     is_mine = tl.arange(0, GROUPS) == mine

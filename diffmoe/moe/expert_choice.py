@@ -166,8 +166,7 @@ class ExpertChoice(Router):
             routing = Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
                               tokens_per_expert=num_pools * k)
             if logits_SE is not None:
-                logits_EPn = rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools)
-                observed_EP = logits_EPn.topk(k, sorted=False).values.amin(-1)
+                observed_EP = _least(rearrange(logits_SE.detach(), "(p n) e -> e p n", p=num_pools), k)
         if logits_SE is not None:
             routing.observed = observed_EP.sigmoid().mean(1)
         return routing
@@ -192,8 +191,8 @@ class ExpertChoice(Router):
         num_pools = num_samples * world.size // pool_images
         seen_EPn = rearrange(world.gather(_beside(scores_SE, logits_SE)), "(p n) e -> e p n", p=num_pools)
         k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")
-        taken_EPn, least_EP = largest(seen_EPn, k)
-        taken_SE = rearrange(taken_EPn[:self.num_experts], "e p n -> (p n) e")
+        taken_EPn, _ = largest(seen_EPn[:self.num_experts], k)
+        taken_SE = rearrange(taken_EPn, "e p n -> (p n) e")
         taken_SE = taken_SE[world.share(len(taken_SE))]
         alone = world.size == 1
         rows = num_pools * k * self.num_experts if alone else row_count(row_bound, *scores_SE.shape)
@@ -201,7 +200,7 @@ class ExpertChoice(Router):
         if alone:  # equal rows, none too many
             routing.tokens_per_expert, routing.overflow = num_pools * k, None
         if logits_SE is not None:
-            routing.observed = least_EP[self.num_experts:].sigmoid().mean(1)
+            routing.observed = _least(seen_EPn[self.num_experts:], k).sigmoid().mean(1)
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
@@ -263,3 +262,8 @@ class ExpertChoice(Router):
 def _beside(scores_SE: Tensor, logits_SE: Tensor | None) -> Tensor:
     """Return what a selection looks at: the scores and, behind them, a predictor's logits, (S, E or 2 E)."""
     return (scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)).detach()
+
+
+def _least(values_EPn: Tensor, k: int) -> Tensor:
+    """Return the k-th largest value of each expert and pool, (E, P)."""
+    return values_EPn.topk(k, sorted=False).values.amin(-1)

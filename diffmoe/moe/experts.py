@@ -3,7 +3,7 @@
     y[token] = sum over the token's pairs of gate * FFN_expert(x[token]),  FFN(x) = gelu(x w1 + b1) w2 + b2
 
 Backends, all with the same result:
-    loop      one expert after another; the oracle, and the only one for float64
+    loop      one expert after another; the oracle, and for ragged rows the only one in float64
     batched   two batched products; needs the same number of rows for every expert
     grouped   two grouped products with offsets on the device; for ragged rows
 `auto` takes `batched` for equal rows, and for ragged ones `grouped` where the device has it, else `loop`.

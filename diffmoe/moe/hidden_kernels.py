@@ -27,7 +27,7 @@ def hidden_rows(x_SD: Tensor, token_N: Tensor, w1_EDF: Tensor, b1_EF: Tensor, en
     """
     num_rows, (_, width, hidden) = len(token_N), w1_EDF.shape
     h_NF = x_SD.new_empty(num_rows, hidden)
-    rows, cols, depth, warps, stages = product_tile(width, x_SD.device)
+    rows, cols, depth, warps, stages = product_tile(width)
     wrap_triton(_hidden_rows)[triton.cdiv(hidden, cols), num_tiles(num_rows, ends_E, rows)](
         x_SD.contiguous(), token_N, ends_E, w1_EDF.contiguous(), b1_EF.contiguous(), h_NF, width, hidden,
         *groups(ends_E), rows, cols, depth, num_warps=warps, num_stages=stages)

@@ -24,7 +24,7 @@ from diffmoe.models.tile_kernels import product_tile
 
 TERMS = 2
 """bf16 numbers that stand for a float32 one, 8 bits each; a power of 2."""
-ROWS_GATE, DEPTH_GATE = 128, 64
+ROWS_GATE, DEPTH_GATE, MOST_EXPERTS_GATE = 128, 64, 64
 ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD = 64, 128
 ROWS_FORWARD, COLS_FORWARD = 64, 32
 ROWS_BACKWARD, COLS_BACKWARD = 16, 64
@@ -56,8 +56,9 @@ def gate(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
     """
     x_SD, (rows, width), experts = x_SD.contiguous(), x_SD.shape, len(weight_ED)
     y_SE = x_SD.new_empty(rows, experts, dtype=torch.float32)
-    wrap_triton(_gate_forward)[triton.cdiv(rows, ROWS_GATE),](
-        x_SD, terms(weight_ED, x_SD.dtype), y_SE, rows, width, experts, _padded(experts), TERMS, ROWS_GATE, DEPTH_GATE)
+    block = min(_padded(experts), MOST_EXPERTS_GATE)
+    wrap_triton(_gate_forward)[triton.cdiv(rows, ROWS_GATE), triton.cdiv(experts, block)](
+        x_SD, terms(weight_ED, x_SD.dtype), y_SE, rows, width, experts, block, TERMS, ROWS_GATE, DEPTH_GATE)
     return y_SE
 
 
@@ -67,8 +68,8 @@ def gate_backward(d_y_SE: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tens
     d_y_SE, (rows, experts), width = d_y_SE.contiguous(), d_y_SE.shape, weight_ED.shape[1]
     d_x_SD = d_y_SE.new_empty(rows, width, dtype=dtype)
     wrap_triton(_gate_backward)[triton.cdiv(rows, ROWS_GATE_BACKWARD), triton.cdiv(width, COLS_GATE_BACKWARD)](
-        d_y_SE, weight_ED.contiguous(), d_x_SD, rows, width, experts, _padded(experts), ROWS_GATE_BACKWARD,
-        COLS_GATE_BACKWARD)
+        d_y_SE, weight_ED.contiguous(), d_x_SD, rows, width, experts, min(_padded(experts), MOST_EXPERTS_GATE),
+        ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD)
     return d_x_SD
 
 
@@ -109,7 +110,7 @@ def predict(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) 
     """
     x_SD, (rows, width), (experts, hidden) = x_SD.contiguous(), x_SD.shape, v_EH.shape
     a_SH = x_SD.new_empty(rows, hidden, dtype=torch.float32)
-    tile_rows, tile_cols, depth, warps, stages = product_tile(width, x_SD.device)
+    tile_rows, tile_cols, depth, warps, stages = product_tile(width)
     wrap_triton(_hidden_forward)[triton.cdiv(rows, tile_rows) * triton.cdiv(hidden, tile_cols),](
         x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols, depth,
         num_warps=warps, num_stages=stages)
@@ -153,7 +154,8 @@ predict.register_autograd(_predict_autograd, setup_context=_predict_context)
 def _gate_forward(x, w, y, S, D, E, EXPERTS: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr,
                   DEPTH: tl.constexpr):
     rows, cols = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, TERMS * EXPERTS)
-    expert = cols % EXPERTS
+    first = tl.program_id(1) * EXPERTS
+    expert = first + cols % EXPERTS
     total = tl.zeros((ROWS, TERMS * EXPERTS), tl.float32)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
@@ -161,18 +163,21 @@ def _gate_forward(x, w, y, S, D, E, EXPERTS: tl.constexpr, TERMS: tl.constexpr, 
         place = (cols // EXPERTS * E + expert) * D + d[:, None]
         total = tl.dot(tokens, tl.load(w + place, mask=(expert < E) & (d < D)[:, None], other=0), total)
     both = tl.sum(tl.reshape(total, (ROWS, TERMS, EXPERTS)), 1)
-    experts = tl.arange(0, EXPERTS)
+    experts = first + tl.arange(0, EXPERTS)
     tl.store(y + rows[:, None] * E + experts, both, mask=(rows < S)[:, None] & (experts < E))
 
 
 @triton.jit
-def _gate_backward(d_y, w, d_x, S, D, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows, experts = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
+def _gate_backward(d_y, w, d_x, S, D, E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    d = tl.load(d_y + rows[:, None] * E + experts, mask=(rows < S)[:, None] & (experts < E), other=0)
-    weight = tl.load(w + experts[:, None] * D + cols, mask=(experts < E)[:, None] & (cols < D), other=0)
-    tl.store(d_x + rows[:, None] * D + cols, tl.dot(d, weight, input_precision="tf32x3"),
-             mask=(rows < S)[:, None] & (cols < D))
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for first in tl.static_range(0, E, EXPERTS):
+        experts = first + tl.arange(0, EXPERTS)
+        d = tl.load(d_y + rows[:, None] * E + experts, mask=(rows < S)[:, None] & (experts < E), other=0)
+        weight = tl.load(w + experts[:, None] * D + cols, mask=(experts < E)[:, None] & (cols < D), other=0)
+        total = tl.dot(d, weight, total, input_precision="tf32x3")
+    tl.store(d_x + rows[:, None] * D + cols, total, mask=(rows < S)[:, None] & (cols < D))
 
 
 @triton.jit

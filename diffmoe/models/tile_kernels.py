@@ -56,8 +56,7 @@ def _tiles(ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def place(tile, ends, E: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """Return a tile's group, its rows, int64 (ROWS,), and the end of those that are the group's. A group from E on
-    has no rows."""
+    """Return a tile's group (from E on: none, without rows), its rows, int64 (ROWS,), and the end of the group's."""
     start, end, first_tile, behind = _tiles(ends, E, GROUPS, ROWS)
     mine = tl.sum((behind <= tile).to(tl.int32), 0)  # GROUPS behind the last tile: no rows
     is_mine = tl.arange(0, GROUPS) == mine

@@ -157,8 +157,7 @@ class ExpertChoice(Router):
             counts = torch.full((seen_SE.shape[1], num_pools), k, dtype=torch.int32, device=scores_SE.device)
             taken, least = take_largest(seen_SE.t(), counts)
             routing = Routing.from_mask(taken[:self.num_experts].t(), scores_SE,
-                                        num_rows=num_pools * k * self.num_experts)
-            routing.tokens_per_expert, routing.overflow = num_pools * k, None  # equal rows, none too many
+                                        num_rows=num_pools * k * self.num_experts, equal=True)
             observed_EP = least[self.num_experts:]
         else:
             gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
@@ -196,9 +195,7 @@ class ExpertChoice(Router):
         taken_SE = taken_SE[world.share(len(taken_SE))]
         alone = world.size == 1
         rows = num_pools * k * self.num_experts if alone else row_count(row_bound, *scores_SE.shape)
-        routing = Routing.from_mask(taken_SE, scores_SE, num_rows=rows)
-        if alone:  # equal rows, none too many
-            routing.tokens_per_expert, routing.overflow = num_pools * k, None
+        routing = Routing.from_mask(taken_SE, scores_SE, num_rows=rows, equal=alone)
         if logits_SE is not None:
             routing.observed = _least(seen_EPn[self.num_experts:], k).sigmoid().mean(1)
         return routing

@@ -130,8 +130,7 @@ def predict_backward(d_y_SE: Tensor, x_SD: Tensor, a_SH: Tensor, v_EH: Tensor) -
     sums = a_SH.new_empty(PARTS, experts + 1, hidden)
     wrap_triton(_head_backward)[triton.cdiv(hidden, COLS_BACKWARD), PARTS](
         d_y_SE, a_SH, v_EH.contiguous(), terms_STH, sums, rows, hidden, experts,
-        _padded(experts), triton.cdiv(rows, PARTS * ROWS_BACKWARD), TERMS, ROWS_BACKWARD,
-        COLS_BACKWARD)
+        _padded(experts), triton.cdiv(rows, PARTS * ROWS_BACKWARD), TERMS, ROWS_BACKWARD, COLS_BACKWARD)
     total = sums.sum(0)
     d_w_HD = weight_gradient(terms_STH, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
     return d_w_HD, total[experts].clone(), total[:experts].clone()

@@ -84,7 +84,8 @@ class Routing:
         return self.mask(num_tokens, num_experts).sum(1)
 
     @classmethod
-    def from_mask(cls, mask_SE: Tensor, scores_SE: Tensor, *, num_rows: int | None, **reported: object) -> Routing:
+    def from_mask(cls, mask_SE: Tensor, scores_SE: Tensor, *, num_rows: int | None, equal: bool = False,
+                  **reported: object) -> Routing:
         """Collect the pairs of a bool mask (S, E), by expert and then by token.
 
         Args:
@@ -92,17 +93,20 @@ class Routing:
             scores_SE: float32 weights, read at the pairs.
             num_rows: rows to lay out. None counts them, which waits for the device. Selected pairs beyond
                 `num_rows` set `overflow`: that result is not to be used.
+            equal: each expert has its share of `num_rows`, no more and no less.
             reported: other fields of the Routing.
         """
         mask_ES = mask_SE.t()
-        counts_E = mask_ES.sum(1, dtype=torch.int32)
-        if num_rows is None:
-            expert_N, token_N = mask_ES.nonzero(as_tuple=True)
-            return cls(token_N=token_N, gate_N=scores_SE[token_N, expert_N], tokens_per_expert=counts_E, **reported)
-        # In an overflow the last experts lose rows, so that no backend reads behind the end.
-        laid_out_E = counts_E.cumsum(0).clamp(max=num_rows).diff(prepend=counts_E.new_zeros(1)).to(torch.int32)
-        num_pairs = counts_E.sum()
-        reported |= {"tokens_per_expert": laid_out_E, "overflow": num_pairs > num_rows}
+        if equal:
+            reported |= {"tokens_per_expert": num_rows // len(mask_ES)}
+        else:
+            counts_E = mask_ES.sum(1, dtype=torch.int32)
+            if num_rows is None:
+                expert_N, token_N = mask_ES.nonzero(as_tuple=True)
+                return cls(token_N=token_N, gate_N=scores_SE[token_N, expert_N], tokens_per_expert=counts_E, **reported)
+            # In an overflow the last experts lose rows, so that no backend reads behind the end.
+            laid_out_E = counts_E.cumsum(0).clamp(max=num_rows).diff(prepend=counts_E.new_zeros(1)).to(torch.int32)
+            reported |= {"tokens_per_expert": laid_out_E, "overflow": counts_E.sum() > num_rows}
         if selection_kernels_apply(scores_SE):
             token_N, gate_N, row_SE = lay_out(mask_ES, scores_SE, num_rows)
             return cls(token_N=token_N, gate_N=gate_N, row_SE=row_SE, **reported)
@@ -110,7 +114,7 @@ class Routing:
         row = torch.where(flat, flat.cumsum(0) - 1, num_rows).clamp_(max=num_rows)
         # pair_N[r] is the flat (expert, token) index of row r; the extra last entry swallows everything unselected.
         pair_N = row.new_zeros(num_rows + 1).scatter_(0, row, torch.arange(flat.numel(), device=flat.device))[:num_rows]
-        valid_N = torch.arange(num_rows, device=flat.device) < num_pairs
+        valid_N = torch.arange(num_rows, device=flat.device) < flat.sum()
         token_N = torch.where(valid_N, pair_N % mask_SE.shape[0], 0)
         gate_N = scores_SE.t().flatten()[torch.where(valid_N, pair_N, 0)] * valid_N
         return cls(token_N=token_N, gate_N=gate_N, **reported)

@@ -83,16 +83,14 @@ class Trainer:
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        trained = self.model
-        if compiled and device.type == "cuda" and HAS_TRITON and world.size == 1 and self._rounds():
-            trained = self.model.rounded(torch.bfloat16)
+        graphed = compiled and device.type == "cuda" and world.size == 1
+        trained = self.model.rounded(torch.bfloat16) if graphed and HAS_TRITON and self._rounds() else self.model
         self.network = distribute(trained, averages, config, world, device)
         self.trained = list(trained.parameters())
         """What gradients are taken of: the model's parameters, or bf16 copies, which `OnePass` writes with them."""
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
             betas=(0.9, config.training.adam_beta2), fused=device.type == "cuda")
-        graphed = compiled and device.type == "cuda" and world.size == 1
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]

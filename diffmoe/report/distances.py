@@ -1,4 +1,4 @@
-"""Figures of the distance: against activated parameters, capacity as a threshold is swept, and three costs."""
+"""Figures of the distance: of each row, against activated parameters, against a swept capacity, and three costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -30,7 +31,7 @@ from diffmoe.report.style import (
     start_figure,
     system_colour,
 )
-from diffmoe.report.table import group_rows
+from diffmoe.report.table import BASELINE, group_rows, second_distances
 
 FEW_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 MANY_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)
@@ -41,14 +42,52 @@ COSTS = {"activated_params_strict": "activated parameters, M (strict)", "gflops"
 
 
 def points_data(records: Sequence[Record]) -> pd.DataFrame:
-    """Return one line a record, and one a threshold of its sweep (`threshold` is empty for the record's own point)."""
+    """Return one line a record, and one a threshold of its sweep (`threshold` is empty for the record's own point).
+
+    A column for each further extractor is empty for sweeps from before these were measured by it.
+    """
+    names = second_distances(records)
     lines = []
     for record in (record for rows in group_rows(records).values() for record in rows):
-        own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"]}
+        own = record.activation | record.metrics | {"threshold": math.nan}
         for point in (own, *record.threshold_sweep):
             lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
-                key: point[key] for key in ("threshold", "capacity", "activated_params", "distance")})
+                key: point.get(key, math.nan)
+                for key in ("threshold", "capacity", "activated_params", "distance", *names)})
     return pd.DataFrame(lines)
+
+
+def distances_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one line a record and extractor."""
+    names = {"distance": records[0].evaluation["distance_name"]} | {name: name for name in second_distances(records)}
+    return pd.DataFrame([row_columns(record) | {"name": name, "distance": record.metrics[key]}
+                         for rows in group_rows(records).values() for record in rows
+                         for key, name in names.items()])
+
+
+def distances_by_row(records: Sequence[Record]) -> Figure:
+    """Draw each seed's distance and each row's mean: a row a line, an extractor a panel, Dense's mean across all."""
+    data = distances_data(records)
+    labels, names = list(data.label.unique()), list(data.name.unique())
+    set_theme()
+    figure, panels = plt.subplots(1, len(names), figsize=(9, 1.4 + 0.3 * len(labels)), sharey=True, squeeze=False,
+                                  layout="constrained")
+    title = "Distance of each row: a dot a seed, a line their mean; dashed: Dense's mean"
+    name_figure(figure, records, title, metric=False, each_seed=True)
+    for axes, name in zip(panels[0], names, strict=True):
+        found = data[data.name == name]
+        for row, group in found.groupby("row", sort=False):
+            place, colour = labels.index(group.label.iloc[0]), row_style(row, records)["color"]
+            axes.plot(group.distance, [place] * len(group), "o", color=colour, alpha=0.6, ms=5, mew=0)
+            axes.vlines(group.distance.mean(), place - 0.35, place + 0.35, color=colour, lw=2)
+        dense = found[found.row == BASELINE].distance
+        if len(dense):
+            axes.axvline(dense.mean(), color="0.45", lw=0.9, ls=(0, (6, 3)), zorder=0)
+        axes.set_xlabel(f"{name} (lower is better)")
+    panels[0, 0].set_yticks(range(len(labels)), labels)
+    panels[0, 0].invert_yaxis()
+    sns.despine(figure)
+    return figure
 
 
 def distance_against_parameters(records: Sequence[Record]) -> Figure:
@@ -65,21 +104,31 @@ def distance_against_parameters(records: Sequence[Record]) -> Figure:
 
 
 def distance_against_capacity(records: Sequence[Record]) -> Figure:
-    """Draw each swept checkpoint's distance as one global threshold moves its capacity (the paper's Figure 7)."""
+    """Draw each swept checkpoint's distance as one global threshold moves its capacity (the paper's Figure 7).
+
+    A panel an extractor that measured sweeps, below one another.
+    """
     data = points_data(records)
-    figure, axes = start_figure(records, "One checkpoint, many capacities: a global threshold is swept",
-                                "capacity C: experts a token, measured; small numbers: the threshold",
-                                distance_axis(records))
-    axes.set_xscale("log")
-    _row_points(axes, data, "capacity", records)
-    _sweeps(axes, data, "capacity", records, named=True)
-    axes.margins(y=0.1)
+    swept = data[data.threshold.notna()]
+    names = ["distance", *(name for name in second_distances(records) if swept[name].notna().any())]
+    set_theme()
+    figure, panels = plt.subplots(len(names), 1, figsize=(9, 4.8 * len(names)), sharex=True, squeeze=False,
+                                  layout="constrained")
+    name_figure(figure, records, "One checkpoint, many capacities: a global threshold is swept")
+    for axes, name in zip(panels[:, 0], names, strict=True):
+        drawn = data.assign(distance=data[name]).dropna(subset="distance")
+        axes.set_xscale("log")
+        _row_points(axes, drawn, "capacity", records)
+        _sweeps(axes, drawn, "capacity", records, named=True)
+        axes.margins(y=0.1)
+        axes.set_ylabel(distance_axis(records) if name == "distance" else f"{name} (lower is better)")
     low, high = axes.get_xlim()
     ticks = [tick for tick in (FEW_TICKS if high > 5 * low else MANY_TICKS) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    floor_line(axes, records)
-    return finish_figure(figure, axes)
+    axes.set_xlabel("capacity C: experts a token, measured; small numbers: the threshold")
+    floor_line(panels[0, 0], records)
+    return finish_figure(figure, panels[0, 0])
 
 
 def cost_data(records: Sequence[Record]) -> pd.DataFrame:

@@ -22,6 +22,8 @@ from diffmoe.report.distances import (
     distance_against_capacity,
     distance_against_cost,
     distance_against_parameters,
+    distances_by_row,
+    distances_data,
     points_data,
 )
 from diffmoe.report.panels import (
@@ -121,6 +123,7 @@ def capacity_by_class(records: Sequence[Record]) -> Figure:
 Frame, Draw = Callable[[Sequence[Record]], pd.DataFrame], Callable[[Sequence[Record]], Figure]
 Figures = dict[str, tuple[Frame, Draw]]
 FIGURES: Figures = {
+    "distances": (distances_data, distances_by_row),
     "distance_vs_activated_params": (points_data, distance_against_parameters),
     "distance_vs_cost": (cost_data, distance_against_cost),
     "distance_vs_capacity": (points_data, distance_against_capacity),

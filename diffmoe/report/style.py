@@ -28,7 +28,7 @@ COLOURS = dict(zip(SYSTEMS, ("#5b5b5b", "#de8f05", "#0173b2", "#d1332e", "#029e7
 OTHER_COLOURS = ("#cc78bc", "#ca9161", "#56b4e9", "#a5a516")
 """For systems that a user adds, in alphabetical order."""
 DASHES = ((), (4, 1.5), (1, 1.2), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1), (2, 2))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 SWEPT = "threshold swept"
 FLOOR = "floor: as many training images"
 LOAD_SCALE = TwoSlopeNorm(vmin=0, vcenter=1, vmax=3)
@@ -80,10 +80,11 @@ def start_figure(records: Sequence[Record], title: str, x: str, y: str, *, metri
 
 
 def name_figure(figure: Figure, records: Sequence[Record], title: str, *, metric: bool = True,
-                sampled: bool = True) -> None:
+                sampled: bool = True, each_seed: bool = False) -> None:
     """Put the title over a figure, with the scale, the distance and the seeds under it."""
     seeds = sorted({record.seed for record in records})
-    spread = f"mean ± sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    several = f"{'' if each_seed else 'mean ± sd over '}seeds {', '.join(map(str, seeds))}"
+    spread = several if len(seeds) > 1 else f"seed {seeds[0]}"
     note = scale_note(records, metric=metric, sampled=sampled)
     figure.suptitle(f"{title}\n{note}, {spread}", x=0.01, ha="left", fontsize=11)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -94,9 +95,10 @@ def _guidance(sampling: dict[str, Any]) -> str:
     return f"{scale:g} ({'all' if channels is None else channels} channels, {sampling['guided_forward']})"
 
 
-def row_order(row: str) -> tuple[int, str]:
-    """Return the key that sorts rows into the table's order."""
-    return ROW_ORDER.index(row) if row in ROW_ORDER else len(ROW_ORDER), row
+def row_order(row: str) -> tuple[int, list[str | float]]:
+    """Return the key that sorts rows into the table's order, and other rows by name, numbers in it by their value."""
+    parts = [float(part) if part[:1].isdigit() else part for part in re.split(r"(\d+(?:\.\d+)?)", row)]
+    return ROW_ORDER.index(row) if row in ROW_ORDER else len(ROW_ORDER), parts
 
 
 def results_table(records: Sequence[Record]) -> list[list[str]]:

@@ -25,10 +25,10 @@ from diffmoe.records import Record, write_record
 from diffmoe.report import __main__ as report
 from diffmoe.report.comparison import compare, detection_power, holm, holm_factors, seeds_to_decide, smallest_gap
 from diffmoe.report.cost import cost_markdown
-from diffmoe.report.distances import points_data
+from diffmoe.report.distances import distances_data, points_data
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data, write_figures
 from diffmoe.report.panels import computation_data, samples_data
-from diffmoe.report.table import PAPER, mean_sd, results_table, table_csv
+from diffmoe.report.table import PAPER, mean_sd, results_table, row_order, table_csv
 from diffmoe.report.verdicts import Claim, judge, load_claims, verdicts_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -359,7 +359,21 @@ def test_equal_records_give_equal_bytes(results: Path, tmp_path: Path) -> None:
 def test_a_table_of_dense_rows_alone_has_the_figures_that_it_has_data_for(tmp_path: Path) -> None:
     names = {path.stem for path in write_figures(fake_records(["dense"], [0]), tmp_path)}
     distances = {f"distance_vs_{axis}" for axis in ("activated_params", "cost", "capacity")}
-    assert names == distances | {"training_loss", "samples", "branches"}
+    assert names == distances | {"distances", "training_loss", "samples", "branches"}
+
+
+def test_the_figure_of_all_rows_has_each_seed_in_the_tables_order() -> None:
+    records = fake_records(["diffmoe", "dense"], [1, 0])
+    data = distances_data(records)
+    assert list(zip(data.row, data.seed, strict=True)) == [("dense", 0), ("dense", 1), ("diffmoe", 0), ("diffmoe", 1)]
+    measured = {(record.row, record.seed): record.metrics["distance"] for record in records}
+    assert list(data.distance) == [measured[key] for key in zip(data.row, data.seed, strict=True)]
+    assert set(data.name) == {"FD-digits64"}
+
+
+def test_rows_of_a_varied_setting_stand_in_the_order_of_its_values() -> None:
+    rows = ["x-32", "x-0.01", "x-4", "dense", "x-0.1", "w"]
+    assert sorted(rows, key=row_order) == ["dense", "w", "x-0.01", "x-0.1", "x-4", "x-32"]
 
 
 def test_what_was_written_passes_the_check(results: Path) -> None:

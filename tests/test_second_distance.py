@@ -8,6 +8,7 @@ import pytest
 from fake_records import fake_records
 
 from diffmoe.records import Record
+from diffmoe.report.distances import distance_against_capacity, points_data
 from diffmoe.report.table import results_table, second_distances
 from diffmoe.report.verdicts import judge, verdicts_markdown
 
@@ -38,6 +39,17 @@ def test_its_verdicts_are_its_own() -> None:
     assert second.comparison.effect == pytest.approx(0.1823, abs=1e-4)  # ln 1.2
     page, section = verdicts_markdown(records).split(f"## By {SECOND}\n")
     assert "+20.0 %" in section and "+20.0 %" not in page
+
+
+def test_a_sweep_has_a_panel_of_it_where_it_was_measured_by_it() -> None:
+    records = with_second(fake_records(["diffmoe"], [0]), {"diffmoe": 1.0})
+    assert points_data(records)[SECOND].notna().sum() == 1  # the record's own point
+    assert len(distance_against_capacity(records).axes) == 1
+    records[0].threshold_sweep[:] = [point | {SECOND: point["capacity"] / 2} for point in records[0].threshold_sweep]
+    points = points_data(records).dropna(subset="threshold")
+    assert len(points) and list(points[SECOND]) == list(points.capacity / 2)
+    panels = distance_against_capacity(records).axes
+    assert [axes.get_ylabel() for axes in panels] == ["FD-digits64 (lower is better)", f"{SECOND} (lower is better)"]
 
 
 def test_a_sweep_without_it_has_no_test_at_equal_capacity() -> None:

@@ -87,8 +87,11 @@ def split_size(size: str) -> tuple[str, int]:
     return match[1], int(match[2] or 16)
 
 
-def run_config(case: Case, settings: Settings) -> RunConfig:
+def run_config(case: Case, settings: Settings, further: Sequence[str] = ()) -> RunConfig:
     """Return the run of a case.
+
+    Args:
+        further: assignments, `key=value`, after the case's own.
 
     Raises:
         ConfigError: for a workload, size or system that is not there, or numbers that do not go together.
@@ -102,7 +105,7 @@ def run_config(case: Case, settings: Settings) -> RunConfig:
                  f"runtime.compile={str(settings.compile).lower()}"]
     if case.system != "dense":
         overrides.append(f"model.moe.num_experts={num_experts}")
-    return load_config([WORKLOADS[case.workload], system_file(case.system)], overrides)
+    return load_config([WORKLOADS[case.workload], system_file(case.system)], [*overrides, *further])
 
 
 def system_file(system: str) -> Path:

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import torch
 
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import ConfigError, load_config, require
+from diffmoe.launch import command, run_module, variables
 from diffmoe.records import environment, write_record
 from diffmoe.rehearsal.materials import CLASSES, FACTOR, make_images, make_inception, make_reference, make_vae
 from diffmoe.rehearsal.report import TABLE, Check, Rehearsal, write_report
@@ -64,7 +64,7 @@ SIZES = {
     "cuda": Size(images=2000, side=256, vae_width=32, model=("model.size=B",), batch=256, bf16_steps=300,
                  run_steps=2000, samples=200),
     "cpu": Size(images=100, side=64, vae_width=8, model=("model.size=nano", "model.moe.num_experts=4"), batch=16,
-                bf16_steps=30, run_steps=1500, samples=20),
+                bf16_steps=30, run_steps=3000, samples=20),
 }
 
 
@@ -133,8 +133,8 @@ class Steps:
                  f"training.num_images={self.size.run_steps * self.size.batch}"]
         if not note.exists():
             with (self.work / "killed.log").open("w") as log:
-                job = subprocess.Popen(self._argv(*train, processes=self.processes), stdout=log, stderr=log,
-                                       env=_environment())
+                job = subprocess.Popen(command(*train, processes=self.processes), stdout=log, stderr=log,
+                                       env=variables())
                 step = self._wait_for_checkpoint(job)
                 os.kill(int((self.run / "lock").read_text()), signal.SIGKILL)
                 killed = time.monotonic()
@@ -198,11 +198,6 @@ class Steps:
     def _configs() -> list[str]:
         return [part for path in SYSTEM for part in ("--config", str(path))]
 
-    @staticmethod
-    def _argv(*arguments: object, processes: int = 1) -> list[str]:
-        several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        return [sys.executable, "-m", *(several if processes > 1 else []), *map(str, arguments)]
-
     def _command(self, name: str, *arguments: object, processes: int = 1) -> None:
         """Run a module of this package, unless it succeeded before; what it says goes to `<name>.log`.
 
@@ -213,18 +208,10 @@ class Steps:
         if done.exists():
             return
         print(f"{name} ...", flush=True)
-        with log.open("w") as file:
-            code = subprocess.run(self._argv(*arguments, processes=processes), stdout=file, stderr=file,
-                                  env=_environment(), check=False).returncode
+        code = run_module(log, *arguments, processes=processes)
         if code:
             raise ConfigError(f"{name}: exit code {code}; {log} says why, and the same command goes on from here")
         done.touch()
-
-
-def _environment() -> dict[str, str]:
-    """Return the variables of a process that may meet others on this machine, whose own name need not resolve."""
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    return {"GLOO_SOCKET_IFNAME": loopback} | dict(os.environ) if loopback else dict(os.environ)
 
 
 def rehearse(work: Path, out: Path, device: torch.device, processes: int) -> Rehearsal:

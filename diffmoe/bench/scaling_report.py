@@ -1,0 +1,275 @@
+"""The record of a scaling measurement, its table and figure.
+
+    python -m diffmoe.bench.scaling_report results/bench            write scaling.md and scaling.png
+    python -m diffmoe.bench.scaling_report results/bench --check    exit 1 when they do not follow from scaling-*.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from diffmoe.bench.cases import Case
+from diffmoe.bench.record import OK
+from diffmoe.cli import run_command
+from diffmoe.config import ConfigError
+from diffmoe.report.command import report_command
+from diffmoe.report.style import COLOURS, DASHES, MARKERS, set_theme
+from diffmoe.report.table1 import format_table
+from diffmoe.training.checkpoint import write_whole
+
+SCHEMA = 1
+TABLE, FIGURE = "scaling.md", "scaling.png"
+TARGETS = {2: 0.95, 4: 0.95, 8: 0.93}
+"""Weak-scaling efficiency to reach, by the number of GPUs."""
+HEADER = ["work", "network", "GPUs", "scaling", "by", "pool", "batch", "images/s", "ms", "efficiency", "MFU",
+          "peak of a process, GiB"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingCase:
+    """One work on a number of processes, a GPU each."""
+
+    work: str
+    """train: optimiser steps. sample: images from noise."""
+    size: str
+    system: str
+    processes: int
+    batch: int
+    """Images of a step of all processes; of sampling, of a batch of one process."""
+    scaling: str = ""
+    """weak: a batch for each process. strong: the same work for any number. Empty: one process."""
+    parallel: str = ""
+    """ddp or fsdp, in training by several."""
+    pool_scope: str = ""
+    """Whose tokens a pool holds, in training by several: those of a process, or of all (global)."""
+
+    @property
+    def name(self) -> str:
+        """Return a line that names the case."""
+        parts = (self.work, self.network, f"{self.processes} processes", self.scaling, self.parallel, self.pool_scope)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def network(self) -> str:
+        """Name size and system."""
+        return f"{self.size}/{self.system}"
+
+    def bench_case(self) -> Case:
+        """Return it as the bench knows it."""
+        return Case(workload="latent", size=self.size, system=self.system, work=self.work, batch=self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured of one case."""
+
+    case: ScalingCase
+    status: str
+    """ok, out of memory, error or skipped (the time was over)."""
+    message: str = ""
+    quartiles_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Of a call: a training step, or all images; each that of the slowest process."""
+    calls: int = 0
+    images: int = 0
+    """Of a call, all processes together."""
+    flops_per_image: float = 0.0
+    capacity: float | None = None
+    peak_bytes: int = 0
+    """Of the process that held most."""
+    total_s: float = 0.0
+    """With building and compiling."""
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Measured:
+        """Return what was written as plain data."""
+        return cls(**content | {"case": ScalingCase(**content["case"]), "quartiles_ms": tuple(content["quartiles_ms"])})
+
+    @property
+    def images_per_second(self) -> float:
+        """Return the median's, of all processes together."""
+        return 1e3 * self.images / self.quartiles_ms[1]
+
+
+@dataclass(kw_only=True)
+class ScalingRecord:
+    """One call of the command, or several that went on with it."""
+
+    id: str
+    environment: dict[str, Any]
+    """`commit`, `dirty`, `versions`, `hardware`, `threads`."""
+    settings: dict[str, Any]
+    """Those of the bench, `sampled` images and `cards` of the machine."""
+    peak_flops: float | None
+    """Of one device."""
+    results: list[Measured] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def efficiency(self, result: Measured) -> float | None:
+        """Return images/s of a process over those of the same work alone; None where alone was not measured."""
+        alone = [one for one in self.results if one.status == OK and one.case.processes == 1
+                 and (one.case.work, one.case.network) == (result.case.work, result.case.network)]
+        return result.images_per_second / result.case.processes / alone[0].images_per_second if alone else None
+
+    def mfu(self, result: Measured) -> float | None:
+        """Return activated operations of a process over the peak of its device."""
+        if self.peak_flops is None:
+            return None
+        return result.flops_per_image * result.images_per_second / result.case.processes / self.peak_flops
+
+    def describe(self, result: Measured) -> str:
+        """Return a result in one line."""
+        return " ".join(self.cells(result)[6:]) if result.status == OK else f"{result.status} {result.message}"
+
+    def cells(self, result: Measured) -> list[str]:
+        """Return a result's line of the table."""
+        case = result.case
+        first = [case.work, case.network, str(case.processes), case.scaling or "-", case.parallel or "-",
+                 case.pool_scope or "-", str(case.batch)]
+        if result.status != OK:
+            return [*first, " ".join([result.status, result.message]).strip(), *["-"] * 4]
+        low, middle, high = result.quartiles_ms
+        shares = [None if case.processes == 1 else self.efficiency(result), self.mfu(result)]
+        return [*first, f"{result.images_per_second:,.1f}", f"{middle:,.1f} [{low:,.1f}, {high:,.1f}]",
+                *("-" if share is None else f"{share:.1%}" for share in shares), f"{result.peak_bytes / 2**30:.1f}"]
+
+
+def write_scaling(folder: Path, record: ScalingRecord) -> Path:
+    """Write a record, whole or not at all.
+
+    Raises:
+        ConfigError: when the folder cannot be written.
+    """
+    path = folder / f"{record.id}.json"
+    text = json.dumps(dataclasses.asdict(record), indent=1) + "\n"
+    try:
+        write_whole(path, lambda aside: aside.write_text(text))
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error})") from None
+    return path
+
+
+def read_scaling(path: Path) -> ScalingRecord:
+    """Read one record.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"schema {content.get('schema')}, this version reads {SCHEMA}")
+        return ScalingRecord(**content | {"results": [Measured.of(result) for result in content["results"]]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a record of scaling ({error})") from None
+
+
+def read_all(folder: Path) -> list[ScalingRecord]:
+    """Read all records of a folder.
+
+    Raises:
+        ConfigError: when there is none, or a file is none.
+    """
+    records = [read_scaling(path) for path in sorted(folder.glob("scaling-*.json"))]
+    if not records:
+        raise ConfigError(f"{folder}: no records (scaling-*.json); run python -m diffmoe.bench.scaling --out {folder}")
+    return records
+
+
+def markdown(records: Sequence[ScalingRecord]) -> str:
+    """Return the page: a table a record."""
+    goal = ", ".join(f"{share:.0%} at {count}" for count, share in TARGETS.items())
+    sections = ["# Scaling over the GPUs of one machine\n\nMade from the records beside it by `python -m "
+                "diffmoe.bench.scaling_report`. Efficiency: images/s of a GPU over those of one GPU alone, whose step "
+                f"has no word for others to wait for; weak scaling is to reach {goal}. Milliseconds: medians with "
+                "quartiles, of the slowest process. MFU: of each GPU."]
+    for record in records:
+        found, settings = record.environment, record.settings
+        sections.append(
+            f"## {record.id}\n\n{settings['cards']} x {found['hardware']}, torch {found['versions']['torch']}, commit "
+            f"{found['commit'][:12]}{' with changes' if found['dirty'] else ''}; {settings['precision']}, "
+            f"{settings['sampled']:,} images sampled in {settings['sampling_steps']} Euler steps.")
+        sections.append(format_table([HEADER, *map(record.cells, record.results)]))
+    return "\n\n".join(sections) + "\n"
+
+
+def draw(record: ScalingRecord) -> Figure:
+    """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling."""
+    set_theme()
+    panels = {"training, weak": ("train", "weak"), "training, strong": ("train", "strong"),
+              "sampling": ("sample", "strong")}
+    figure, grid = plt.subplots(1, len(panels), figsize=(12, 4.2), sharey=True, layout="constrained")
+    networks = list(dict.fromkeys(result.case.network for result in record.results))
+    for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
+        lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+        for result in record.results:
+            case = result.case
+            found = record.efficiency(result) if result.status == OK else None
+            if found is not None and (case.work, case.scaling) == (work, scaling):
+                how = (case.network, case.system, case.parallel, case.pool_scope)
+                lines.setdefault(how, [(1, 1.0)]).append((case.processes, found))
+        hows = sorted({how[2:] for how in lines})
+        for (network, system, *how), points in lines.items():
+            axes.plot(*zip(*points, strict=True), color=COLOURS.get(system, "#56b4e9"),
+                      marker=MARKERS[networks.index(network)], dashes=DASHES[hows.index(tuple(how))], lw=1.5, ms=5,
+                      label=" ".join(part for part in (network, *how) if part))
+        if scaling == "weak":
+            axes.plot(TARGETS.keys(), TARGETS.values(), "_", color="0.3", ms=14, mew=1.5, label="to reach")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("GPUs")
+        counts = sorted({1, *(count for points in lines.values() for count, _ in points)})
+        axes.set_xticks(counts, map(str, counts))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7.5, loc="lower left")
+    grid[0].set_ylabel("efficiency: images/s of a GPU, of one alone")
+    cards = f"{record.settings['cards']} x {record.environment['hardware']}"
+    figure.suptitle(f"Scaling over the GPUs of one machine\n{cards}", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def write_table(folder: Path) -> list[Path]:
+    """Write page and figure (of the record with most results) of a folder's records and return their paths.
+
+    Raises:
+        ConfigError: as `read_all` does.
+    """
+    records = read_all(folder)
+    text = markdown(records)
+    write_whole(folder / TABLE, lambda aside: aside.write_text(text))
+    figure = draw(max(records, key=lambda record: len(record.results)))
+    figure.savefig(folder / FIGURE, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return [folder / TABLE, folder / FIGURE]
+
+
+def check_table(folder: Path) -> list[str]:
+    """Return a line for what does not follow from the records.
+
+    Raises:
+        ConfigError: as `read_all` does.
+    """
+    table = folder / TABLE
+    same = table.is_file() and table.read_text() == markdown(read_all(folder))
+    missing = [] if (folder / FIGURE).is_file() else [f"{folder / FIGURE}: missing"]
+    return missing if same else [f"{table}: does not follow from the records", *missing]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    return report_command(arguments, "diffmoe.bench.scaling_report", __doc__, write_table, check_table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -38,6 +38,7 @@ def test_the_cases_compare_each_number_of_gpus_with_one() -> None:
     assert {(case.scaling, case.parallel, case.pool_scope, case.batch) for case in dense} == {
         ("weak", "ddp", "", 1024), ("weak", "fsdp", "", 1024), ("strong", "ddp", "", 128), ("strong", "fsdp", "", 128)}
     scopes = {(case.scaling, case.parallel, case.pool_scope) for case in cases if case.pool_scope}
+    assert {case.scaling for case in cases if case.work == "sample" and case.processes == 8} == {"weak"}
     assert len(scopes) == 8 and {scope for *_, scope in scopes} == {"process", "global"}
 
 

@@ -5,8 +5,8 @@
 
 Each case is a run of its own, under torchrun where it has several processes. Training has a batch for each GPU (weak
 scaling) or the one GPU's batch for all (strong), by DDP and by FSDP2, with pools of a process and of all processes.
-Sampling has the same images for any number of GPUs. One call is one record, scaling-*.json, written again after each
-case; the same command on the same commit and hardware goes on with what is not measured.
+Sampling has as many images for each GPU, 50,000 for the most of them. One call is one record, scaling-*.json, written
+again after each case; the same command on the same commit and hardware goes on with what is not measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GPUS = (1, 2, 4, 8)
 RUNS = {"cuda": ("L/dense", "B-E16/diffmoe", "L-E16/diffmoe"), "cpu": ("nano/dense", "nano-E4/diffmoe")}
 """What is measured unless told otherwise: size/system."""
 SAMPLED = {"cuda": 50_000, "cpu": 16}
-"""Images of a sampling case."""
+"""Images that the most processes sample."""
 CPU_BATCH = 8
 LOCAL = Path("results/bench/local")
 MODULE = "diffmoe.bench.scaling"
@@ -77,7 +77,7 @@ def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequ
                     for scope in (map(str, PoolScope) if system == "diffmoe" else ("",))]
             if "sample" in work:
                 batch = own_batch("latent", size, "sample") if device == "cuda" else CPU_BATCH
-                cases.append(dataclasses.replace(first, work="sample", scaling="" if count == 1 else "strong",
+                cases.append(dataclasses.replace(first, work="sample", scaling="" if count == 1 else "weak",
                                                  batch=batch))
     return cases
 
@@ -96,7 +96,7 @@ def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.d
     """Measure a case; every process calls this, and each gets the numbers of the slowest and fullest one.
 
     Args:
-        sampled: images of a sampling case, shared by the processes.
+        sampled: images of a process in a sampling case.
     """
     config = configure(case, settings)
     started = time.perf_counter()
@@ -122,14 +122,13 @@ def _time_training(case: ScalingCase, config: RunConfig, settings: Settings, sam
 
 def _time_sampling(case: ScalingCase, config: RunConfig, settings: Settings, sampled: int, device: torch.device,
                    world: World) -> tuple[list[float], dict[str, Any], int]:
-    """Time one run of all images, behind one of two batches that compiles; each process draws its share."""
-    share = world.share(sampled)
+    """Time one run of all images, behind one of two batches that compiles."""
     named = dataclasses.replace(case.bench_case(), load="balanced" if is_dynamic(config) else "", sampling_batches=2)
     sampling = Sampling(named, config, Shared(device))
     sampling.call()
-    sampling.num_images = share.stop - share.start
+    sampling.num_images = sampled
     world.largest([0.0], device)  # all begin together
-    return time_calls(sampling.call, 1, device), sampling.facts(), sampled
+    return time_calls(sampling.call, 1, device), sampling.facts(), sampled * world.size
 
 
 def run_case(case: ScalingCase, settings: Settings, sampled: int, device: str, folder: Path,
@@ -179,12 +178,13 @@ def main(arguments: list[str]) -> int:
     on_gpu = device.type == "cuda"
     settings = Settings(compile=on_gpu, precision=Precision.BF16 if on_gpu else Precision.FP32, rounds=1,
                         sampling_steps=options.sampling_steps or (50 if on_gpu else 4), visit_seconds=options.visit)
-    sampled = options.sampled or SAMPLED[device.type]
+    sampled = (options.sampled or SAMPLED[device.type]) // max(gpus)
     runs = options.runs.split(",") if options.runs else RUNS[device.type]
     cases = list_cases(runs, gpus, device.type, work)
     for case in cases:
         configure(case, settings)  # finds what cannot be run before anything runs
-    record = _open_record(options.out, device, to_dict(settings) | {"sampled": sampled, "cards": available})
+    cards = max(1, torch.cuda.device_count())
+    record = _open_record(options.out, device, to_dict(settings) | {"sampled": sampled, "cards": cards})
     deadline = time.monotonic() + options.time_budget
     done = {result.case for result in record.results if result.status != SKIPPED}
     for number, case in enumerate(cases, 1):
@@ -228,7 +228,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--runs", metavar="SIZE/SYSTEM,...", help=f"default: {','.join(RUNS['cuda'])}")
     parser.add_argument("--work", default="train,sample", help="train, sample or both (default: both)")
     parser.add_argument("--visit", type=float, default=5.0, metavar="SECONDS", help="of timed steps (default: 5)")
-    parser.add_argument("--sampled", type=int, metavar="N", help="images to sample (default: 50000)")
+    parser.add_argument("--sampled", type=int, metavar="N", help="images that the most GPUs sample (default: 50000)")
     parser.add_argument("--sampling-steps", type=int, metavar="N", help="Euler steps (default: 50)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS",
                         help="begin nothing new after this long, and end what runs")

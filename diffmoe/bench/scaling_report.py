@@ -32,6 +32,7 @@ from diffmoe.training.checkpoint import write_whole
 
 SCHEMA = 1
 TABLE, FIGURE = "scaling.md", "scaling.png"
+WEAK = "train", "weak"
 TARGETS = {2: 0.95, 4: 0.95, 8: 0.93}
 """Weak-scaling efficiency to reach, by the number of GPUs."""
 HEADER = ["work", "network", "GPUs", "scaling", "by", "pool", "batch", "images/s", "ms", "efficiency", "MFU",
@@ -131,7 +132,10 @@ class ScalingRecord:
 
     def describe(self, result: Measured) -> str:
         """Return a result in one line."""
-        return " ".join(self.cells(result)[6:]) if result.status == OK else f"{result.status} {result.message}"
+        if result.status != OK:
+            return f"{result.status} {result.message}".strip()
+        named = zip(HEADER[7:], self.cells(result)[7:], strict=True)
+        return ", ".join(f"{name} {value}" for name, value in named if value != "-")
 
     def cells(self, result: Measured) -> list[str]:
         """Return a result's line of the table."""
@@ -200,7 +204,7 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
         sections.append(
             f"## {record.id}\n\n{settings['cards']} x {found['hardware']}, torch {found['versions']['torch']}, commit "
             f"{found['commit'][:12]}{' with changes' if found['dirty'] else ''}; {settings['precision']}, "
-            f"{settings['sampled']:,} images sampled in {settings['sampling_steps']} Euler steps.")
+            f"{settings['sampled']:,} images a process sampled in {settings['sampling_steps']} Euler steps.")
         sections.append(format_table([HEADER, *map(record.cells, record.results)]))
     return "\n\n".join(sections) + "\n"
 
@@ -208,9 +212,9 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
 def draw(record: ScalingRecord) -> Figure:
     """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling."""
     set_theme()
-    panels = {"training, weak": ("train", "weak"), "training, strong": ("train", "strong"),
-              "sampling": ("sample", "strong")}
-    figure, grid = plt.subplots(1, len(panels), figsize=(12, 4.2), sharey=True, layout="constrained")
+    panels = {"training, weak": WEAK, "training, strong": ("train", "strong"),
+              "sampling": ("sample", "weak")}
+    figure, grid = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, layout="constrained")
     networks = list(dict.fromkeys(result.case.network for result in record.results))
     for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
         lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
@@ -225,14 +229,17 @@ def draw(record: ScalingRecord) -> Figure:
             axes.plot(*zip(*points, strict=True), color=COLOURS.get(system, "#56b4e9"),
                       marker=MARKERS[networks.index(network)], dashes=DASHES[hows.index(tuple(how))], lw=1.5, ms=5,
                       label=" ".join(part for part in (network, *how) if part))
-        if scaling == "weak":
-            axes.plot(TARGETS.keys(), TARGETS.values(), "_", color="0.3", ms=14, mew=1.5, label="to reach")
+        counts = sorted({1, *(count for points in lines.values() for count, _ in points)})
+        if reached := [count for count in counts if (work, scaling) == WEAK and count in TARGETS]:
+            axes.plot(reached, [TARGETS[count] for count in reached], "_k", ms=14, mew=1.5, label="to reach")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("GPUs")
-        counts = sorted({1, *(count for points in lines.values() for count, _ in points)})
+        axes.set_xscale("log", base=2)
         axes.set_xticks(counts, map(str, counts))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=7.5, loc="lower left")
+        axes.set_xticks([], minor=True)
+    named = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=4,
+                  handlelength=3.5)
     grid[0].set_ylabel("efficiency: images/s of a GPU, of one alone")
     cards = f"{record.settings['cards']} x {record.environment['hardware']}"
     figure.suptitle(f"Scaling over the GPUs of one machine\n{cards}", x=0.01, ha="left", fontsize=11)

@@ -11,7 +11,8 @@ import torch
 
 from diffmoe.bench import scaling, scaling_report
 from diffmoe.bench.cases import Settings
-from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, markdown, read_scaling, write_scaling
+from diffmoe.bench.record import write_bench
+from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, markdown, read_scaling
 from diffmoe.config import ConfigError, Precision, to_dict
 from diffmoe.training.distributed import ALONE
 
@@ -112,7 +113,7 @@ def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypat
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = record(result(CASE, 10.0, 8), Measured(case=CASE, status="out of memory"), peak=1.0)
-    assert read_scaling(write_scaling(tmp_path, written)) == written
+    assert read_scaling(write_bench(tmp_path, written)) == written
     assert "| out of memory" in markdown([written])
     (tmp_path / "scaling-0.json").write_text(json.dumps({"schema": 0}))
     with pytest.raises(ConfigError, match="not a record"):

@@ -127,8 +127,11 @@ def record_id(workload: str, environment: dict[str, Any], settings: dict[str, An
     return f"bench-{workload}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-def write_bench(folder: Path, record: BenchRecord) -> Path:
+def write_bench(folder: Path, record: Any) -> Path:
     """Write a record, whole or not at all; a call writes its own again and again as it grows.
+
+    Args:
+        record: any dataclass with an `id`, which names the file.
 
     Raises:
         ConfigError: when the folder cannot be written.

@@ -27,8 +27,8 @@ import torch
 
 from diffmoe.bench.capacity import fill_zeros
 from diffmoe.bench.cases import Settings, is_dynamic, own_batch, random_images, run_config
-from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of
-from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, read_scaling, write_scaling, write_table
+from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of, write_bench
+from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, read_scaling, write_table
 from diffmoe.bench.subjects import Sampling, Shared, training_facts
 from diffmoe.bench.timing import spread, time_calls
 from diffmoe.cli import choose_device, run_command
@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> int:
         record.results = [result for result in record.results if result.case != case]
         record.results.append(run_case(case, settings, sampled, device.type, options.out,
                                        min(options.case_timeout, left)))
-        write_scaling(options.out, record)
+        write_bench(options.out, record)
         print(f"  {record.describe(record.results[-1])}", flush=True)
     missing = sum(case not in {result.case for result in record.results if result.status != SKIPPED} for case in cases)
     if missing:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -148,21 +147,6 @@ class ScalingRecord:
         shares = [None if case.processes == 1 else self.efficiency(result), self.mfu(result)]
         return [*first, f"{result.images_per_second:,.1f}", f"{middle:,.1f} [{low:,.1f}, {high:,.1f}]",
                 *("-" if share is None else f"{share:.1%}" for share in shares), f"{result.peak_bytes / 2**30:.1f}"]
-
-
-def write_scaling(folder: Path, record: ScalingRecord) -> Path:
-    """Write a record, whole or not at all.
-
-    Raises:
-        ConfigError: when the folder cannot be written.
-    """
-    path = folder / f"{record.id}.json"
-    text = json.dumps(dataclasses.asdict(record), indent=1) + "\n"
-    try:
-        write_whole(path, lambda aside: aside.write_text(text))
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error})") from None
-    return path
 
 
 def read_scaling(path: Path) -> ScalingRecord:

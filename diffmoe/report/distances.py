@@ -72,7 +72,8 @@ def distances_by_row(records: Sequence[Record]) -> Figure:
     set_theme()
     figure, panels = plt.subplots(1, len(names), figsize=(9, 1.4 + 0.3 * len(labels)), sharey=True, squeeze=False,
                                   layout="constrained")
-    title = "Distance of each row: a dot a seed, a line their mean; dashed: Dense's mean"
+    across = "; dashed: Dense's mean" if BASELINE in set(data.row) else ""
+    title = f"Distance of each row: a dot a seed, a line their mean{across}"
     name_figure(figure, records, title, metric=False, each_seed=True)
     for axes, name in zip(panels[0], names, strict=True):
         found = data[data.name == name]

@@ -147,21 +147,30 @@ def test_a_cell_that_does_not_fit_is_one_line_once_the_others_are_saved(rows):
     assert not multiprocessing.active_children()
 
 
-def never_ends(cell, progress):
+def never_ends(cell, progress, folder):
     with Signals():
+        (folder / str(cell.seed)).touch()
         time.sleep(100)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("forked")
-def test_a_second_signal_ends_processes_that_do_not(rows):
+def test_a_second_signal_ends_processes_that_do_not(rows, tmp_path):
     cells = [Cell(rows[0], seed) for seed in range(2)]
-    timers = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) for seconds in (1.5, 2.5)]
-    for timer in timers:
-        timer.start()
+
+    def interrupt_twice():
+        while len(list(tmp_path.iterdir())) < 2:  # both are at work
+            time.sleep(0.05)
+        for pause in (0.5, 1.0):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt_twice, daemon=True)
+    thread.start()
     with pytest.raises(Interrupted):
-        list(run_cells(cells, never_ends, 2, lambda *_: None))
-    assert not timers[1].is_alive() and not multiprocessing.active_children()
+        list(run_cells(cells, partial(never_ends, folder=tmp_path), 2, lambda *_: None))
+    thread.join(0.5)
+    assert not thread.is_alive() and not multiprocessing.active_children()
 
 
 def test_what_cannot_be_measured_is_refused_before_training(data, tmp_path):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from diffmoe.cells import (
     Cell,
+    Row,
     Store,
     at_budgets,
     check_cells,
@@ -63,7 +64,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=Path, required=True, action="append", metavar="FILE",
                         help="the table's rows (YAML); with --dry-run it may be repeated")
     parser.add_argument("--scale", default="digits", help="name of a file in diffmoe/configs (default: digits)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="so many seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N",
+                        help="the first of them (default: 0); machines can share a table by seeds and rows")
+    parser.add_argument("--only", metavar="ROW,...", help="these rows of the file (default: all)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
                         help="save and stop after this long; the same command goes on")
     parser.add_argument("--jobs", type=int, metavar="N",
@@ -88,6 +92,8 @@ def main(arguments: list[str]) -> int:
     if options.publish:
         return publish(store, published)
     tables = [load_rows(path, scale, options.overrides) for path in options.rows]
+    if options.only is not None:
+        tables = [_choose(rows, options.only.split(",")) for rows in tables]
     if options.dry_run and (len(tables) > 1 or not (published / "records").is_dir()):
         named = dict(zip(map(str, options.rows), tables, strict=True))
         print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
@@ -97,7 +103,8 @@ def main(arguments: list[str]) -> int:
     rows = at_budgets(tables[0])
     data = load_data(rows[0].config.data, rows[0].config.model)
     device = choose_device(rows[0].config.runtime.device)
-    cells = missing_cells(rows, range(options.seeds), data, store)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    cells = missing_cells(rows, seeds, data, store)
     check_cells(cells, data)
     groups = group_by_training(cells)
     processors = len(visible_gpus()) if device.type == "cuda" else cpu_count()
@@ -126,6 +133,13 @@ def main(arguments: list[str]) -> int:
         print(f"\n{budget}\n\n{brief_table(records)}" if budget else brief_table(records))
     print(f"table, verdicts and figures: {store.folder}")
     return 0
+
+
+def _choose(rows: list[Row], keys: list[str]) -> list[Row]:
+    known = {row.key: row for row in rows}
+    for key in keys:
+        require(key in known, "--only", key, f"use rows of the file: {', '.join(known)}")
+    return [row for row in rows if row.key in keys]
 
 
 def _run(cells: list[Cell], run: Callable[..., Iterator[Record]], store: Store, tracker: Tracker) -> None:

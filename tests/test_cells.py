@@ -145,6 +145,17 @@ def test_every_budget_of_a_row_is_a_cell_and_the_cheapest_come_first(rows, data,
     assert len({cell.record_id(data) for cell in missing}) == 12 and len({cell.training for cell in missing}) == 4
 
 
+def test_a_machine_takes_rows_and_seeds_of_a_table(tmp_path, capsys):
+    command = ["--rows", str(ROWS), "--out", str(tmp_path), "--dry-run", "--only", "tc,dense", "--first-seed", "2",
+               "--seeds", "2"]
+    assert reproduce.main(command) == 0
+    listed = [line.split("-") for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert sorted((row.strip(), seed) for row, _, seed, _ in listed) == [
+        ("dense", "s2"), ("dense", "s3"), ("tc", "s2"), ("tc", "s3")]
+    with pytest.raises(ConfigError, match="--only=tz: use rows of the file: tc, dense"):
+        reproduce.main([*command, "--only", "dense,tz"])
+
+
 def test_the_time_of_what_is_missing_is_that_of_records_of_its_own_budget(rows, measured, tmp_path):
     _, records = measured
     for images, minutes in ((32, 1), (64, 3)):  # of one run: the second time holds the first

@@ -127,6 +127,11 @@ def environment(device: torch.device) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory_bytes(device)}
 
 
+def commit_name(found: dict[str, Any]) -> str:
+    """Name the commit of an `environment` to a reader: 12 hex digits, and whether the code had changes beside it."""
+    return f"{found['commit'][:12]}{' with changes' if found['dirty'] else ''}"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that this process held: of tensors since the peak's reset on a GPU, else resident."""
     if device.type == "cuda":

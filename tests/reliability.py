@@ -14,6 +14,7 @@ from typing import Any
 
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
+from diffmoe.records import commit_name
 from diffmoe.report.command import report_command
 from diffmoe.report.table1 import format_table
 
@@ -97,7 +98,7 @@ def report(folder: Path) -> str:
     sections = [ABOUT]
     for soak in read_soaks(folder / "records"):
         environment = soak.environment
-        state = f"{environment['commit'][:12]}{' with changes' if environment['dirty'] else ''}"
+        state = commit_name(environment)
         sections.append(f"## {soak.id}\n\n{environment['hardware']}, torch {environment['versions']['torch']}, "
                         f"{soak.started}, commit {state}; {soak.rounds} rounds in {soak.minutes:.0f} minutes, seeds "
                         f"from {soak.seed}.\n\n{faults_table(soak.faults)}\n")

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from diffmoe.bench.record import OK, BenchRecord, Result, read_benches
 from diffmoe.bench.targets import NAMES, judge
 from diffmoe.config import ConfigError
+from diffmoe.records import commit_name
 from diffmoe.report.style import COLOURS, SYSTEMS
 
 DPI = 150
@@ -71,9 +72,8 @@ def table_markdown(records: Sequence[BenchRecord]) -> str:
                 "## Targets\n\n" + targets_table(records)]
     for record in records:
         environment, ceilings = record.environment, record.ceilings
-        state = f"{environment['commit'][:12]}{' with changes' if environment['dirty'] else ''}"
         head = (f"## {record.id}\n\n{environment['hardware']}, torch {environment['versions']['torch']}, "
-                f"{record.started}, commit {state}; ")
+                f"{record.started}, commit {commit_name(environment)}; ")
         head += (f"ceilings measured in this run: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s, "
                  f"{ceilings['copy_bytes'] / 1e12:.3g} TB/s. " if ceilings else "")
         head += _settings_line(record)

@@ -25,19 +25,16 @@ from typing import Any
 
 import torch
 
-from diffmoe.bench.capacity import fill_zeros
-from diffmoe.bench.cases import Settings, is_dynamic, own_batch, random_images, run_config
+from diffmoe.bench.cases import Settings, is_dynamic, own_batch, run_config
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of, write_bench
 from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, read_scaling, write_table
-from diffmoe.bench.subjects import Sampling, Shared, training_facts
+from diffmoe.bench.subjects import WARM_UP, Sampling, Shared, Training
 from diffmoe.bench.timing import spread, time_calls
 from diffmoe.cli import choose_device, run_command
-from diffmoe.config import ConfigError, Parallel, PoolScope, Precision, RunConfig, from_dict, require, to_dict
+from diffmoe.config import Parallel, PoolScope, Precision, RunConfig, from_dict, require, to_dict
 from diffmoe.launch import run_module
 from diffmoe.records import environment, peak_memory_bytes
 from diffmoe.training.distributed import World, join_world
-from diffmoe.training.graph import EAGER_CALLS
-from diffmoe.training.trainer import Trainer
 
 GPUS = (1, 2, 4, 8)
 RUNS = {"cuda": ("L/dense", "B-E16/diffmoe", "L-E16/diffmoe"), "cpu": ("nano/dense", "nano-E4/diffmoe")}
@@ -98,37 +95,35 @@ def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.d
     Args:
         sampled: images of a process in a sampling case.
     """
-    config = configure(case, settings)
     started = time.perf_counter()
-    timed = _time_sampling if case.work == "sample" else _time_training
-    samples_ms, facts, images = timed(case, config, settings, sampled, device, world)
+    config = configure(case, settings)
+    named, shared = case.bench_case(), Shared(device)
+    if case.work == "train":
+        training = Training(named, config, shared, world)
+        samples_ms, facts, images = _time_training(training, settings, device, world), training.facts(), case.batch
+    else:
+        load = "balanced" if is_dynamic(config) else ""
+        sampling = Sampling(dataclasses.replace(named, load=load), config, shared)
+        samples_ms, images = _time_sampling(sampling, sampled, device, world), sampled * world.size
+        facts = sampling.facts()
     slowest = world.largest([*spread(samples_ms), float(peak_memory_bytes(device))], device)
     return Measured(case=case, status=OK, quartiles_ms=tuple(slowest[:3]), calls=len(samples_ms), images=images,
                     peak_bytes=int(slowest[3]), total_s=time.perf_counter() - started, **facts)
 
 
-def _time_training(case: ScalingCase, config: RunConfig, settings: Settings, sampled: int, device: torch.device,
-                   world: World) -> tuple[list[float], dict[str, Any], int]:
+def _time_training(training: Training, settings: Settings, device: torch.device, world: World) -> list[float]:
     """Time steps; as many as the slowest process makes in a visit."""
-    trainer = Trainer(config, 0, random_images(config, device), device, world)
-    if case.parallel != Parallel.FSDP:  # whose shares cannot be drawn one by one; some steps fill the matrices too
-        fill_zeros(trainer.model)
-        trainer.round_weights()
-    time_calls(trainer.train_step, EAGER_CALLS + 2, device)  # compiles and captures
-    (longest,) = world.largest([max(time_calls(trainer.train_step, 3, device))], device)
-    count = max(5, math.ceil(1e3 * settings.visit_seconds / longest))
-    return time_calls(trainer.train_step, count, device), training_facts(config.model), case.batch
+    time_calls(training.call, WARM_UP["train"], device)
+    (longest,) = world.largest([max(time_calls(training.call, 3, device))], device)
+    return time_calls(training.call, max(5, math.ceil(1e3 * settings.visit_seconds / longest)), device)
 
 
-def _time_sampling(case: ScalingCase, config: RunConfig, settings: Settings, sampled: int, device: torch.device,
-                   world: World) -> tuple[list[float], dict[str, Any], int]:
-    """Time one run of all images, behind one of two batches that compiles."""
-    named = dataclasses.replace(case.bench_case(), load="balanced" if is_dynamic(config) else "", sampling_batches=2)
-    sampling = Sampling(named, config, Shared(device))
+def _time_sampling(sampling: Sampling, images: int, device: torch.device, world: World) -> list[float]:
+    """Time one run of all images, behind a short one that compiles."""
     sampling.call()
-    sampling.num_images = sampled
+    sampling.num_images = images
     world.largest([0.0], device)  # all begin together
-    return time_calls(sampling.call, 1, device), sampling.facts(), sampled * world.size
+    return time_calls(sampling.call, 1, device)
 
 
 def run_case(case: ScalingCase, settings: Settings, sampled: int, device: str, folder: Path,
@@ -170,12 +165,12 @@ def main(arguments: list[str]) -> int:
     if options.case is not None:
         return _work(options.case, options.json)
     device = choose_device(options.device)
-    available = torch.cuda.device_count() if device.type == "cuda" else max(GPUS)
-    gpus = [count for count in (options.gpus or (GPUS if device.type == "cuda" else (1, 2))) if count <= available]
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.device_count() if on_gpu else max(GPUS)
+    gpus = [count for count in (options.gpus or (GPUS if on_gpu else (1, 2))) if count <= available]
     require(bool(gpus), "--gpus", options.gpus, f"there are {available} GPUs here")
     work = options.work.split(",")
     require(set(work) <= {"train", "sample"}, "--work", options.work, "use train, sample or both")
-    on_gpu = device.type == "cuda"
     settings = Settings(compile=on_gpu, precision=Precision.BF16 if on_gpu else Precision.FP32, rounds=1,
                         sampling_steps=options.sampling_steps or (50 if on_gpu else 4), visit_seconds=options.visit)
     sampled = (options.sampled or SAMPLED[device.type]) // max(gpus)
@@ -186,10 +181,9 @@ def main(arguments: list[str]) -> int:
     cards = max(1, torch.cuda.device_count())
     record = _open_record(options.out, device, to_dict(settings) | {"sampled": sampled, "cards": cards})
     deadline = time.monotonic() + options.time_budget
-    done = {result.case for result in record.results if result.status != SKIPPED}
     for number, case in enumerate(cases, 1):
         left = deadline - time.monotonic()
-        if case in done or left <= 0:
+        if record.has(case) or left <= 0:
             continue
         print(f"{number} of {len(cases)}: {case.name} ...", flush=True)
         record.results = [result for result in record.results if result.case != case]
@@ -197,8 +191,7 @@ def main(arguments: list[str]) -> int:
                                        min(options.case_timeout, left)))
         write_bench(options.out, record)
         print(f"  {record.describe(record.results[-1])}", flush=True)
-    missing = sum(case not in {result.case for result in record.results if result.status != SKIPPED} for case in cases)
-    if missing:
+    if missing := sum(not record.has(case) for case in cases):
         print(f"{missing} of {len(cases)} cases are not measured; the same command goes on")
     if record.results:
         for path in write_table(options.out):
@@ -211,13 +204,11 @@ def _open_record(folder: Path, device: torch.device, settings: dict[str, Any]) -
     found = environment(device)
     same = json.dumps([found["commit"], found["hardware"], found["versions"], settings], sort_keys=True)
     name = f"scaling-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be written ({error.strerror}); choose another") from None
     if (folder / f"{name}.json").exists():
         return read_scaling(folder / f"{name}.json")
-    return ScalingRecord(id=name, environment=found, settings=settings, peak_flops=peak_of(found["hardware"]))
+    record = ScalingRecord(id=name, environment=found, settings=settings, peak_flops=peak_of(found["hardware"]))
+    write_bench(folder, record)  # finds a folder that cannot be written before anything runs
+    return record
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -21,9 +21,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from diffmoe.bench.cases import Case
-from diffmoe.bench.record import OK
+from diffmoe.bench.record import OK, SKIPPED
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
+from diffmoe.records import commit_name
 from diffmoe.report.command import report_command
 from diffmoe.report.style import COLOURS, DASHES, MARKERS, set_theme
 from diffmoe.report.table1 import format_table
@@ -117,6 +118,10 @@ class ScalingRecord:
     results: list[Measured] = field(default_factory=list)
     schema: int = SCHEMA
 
+    def has(self, case: ScalingCase) -> bool:
+        """Say whether a case was run to its end, whatever that was."""
+        return any(result.case == case and result.status != SKIPPED for result in self.results)
+
     def efficiency(self, result: Measured) -> float | None:
         """Return images/s of a process over those of the same work alone; None where alone was not measured."""
         alone = [one for one in self.results if one.status == OK and one.case.processes == 1
@@ -187,8 +192,8 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
         found, settings = record.environment, record.settings
         sections.append(
             f"## {record.id}\n\n{settings['cards']} x {found['hardware']}, torch {found['versions']['torch']}, commit "
-            f"{found['commit'][:12]}{' with changes' if found['dirty'] else ''}; {settings['precision']}, "
-            f"{settings['sampled']:,} images a process sampled in {settings['sampling_steps']} Euler steps.")
+            f"{commit_name(found)}; {settings['precision']}, {settings['sampled']:,} images a process sampled in "
+            f"{settings['sampling_steps']} Euler steps.")
         sections.append(format_table([HEADER, *map(record.cells, record.results)]))
     return "\n\n".join(sections) + "\n"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
+from diffmoe.records import commit_name
 from diffmoe.report.command import report_command
 from diffmoe.report.table1 import format_table
 from diffmoe.training.checkpoint import write_whole
@@ -77,7 +78,7 @@ def markdown(records: list[Rehearsal]) -> str:
         found, settings = record.environment, record.settings
         sections.append(
             f"## {record.id}\n\n{record.started}, {record.processes} processes, {found['hardware']}, torch "
-            f"{found['versions']['torch']}, commit {found['commit'][:12]}{' with changes' if found['dirty'] else ''}; "
+            f"{found['versions']['torch']}, commit {commit_name(found)}; "
             f"DiffMoE of width {settings['size']} with {settings['experts']} experts, its pool the batch of all "
             f"processes; {settings['bf16_steps']} steps in bf16, {settings['run_steps']} of the killed run.")
         sections.append(format_table([["what must hold", "found", "limit", ""], *(

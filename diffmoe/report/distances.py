@@ -52,8 +52,8 @@ def points_data(records: Sequence[Record]) -> pd.DataFrame:
         own = record.activation | record.metrics | {"threshold": math.nan}
         for point in (own, *record.threshold_sweep):
             lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
-                key: point.get(key, math.nan)
-                for key in ("threshold", "capacity", "activated_params", "distance", *names)})
+                key: point[key] for key in ("threshold", "capacity", "activated_params", "distance")} | {
+                name: point.get(name, math.nan) for name in names})
     return pd.DataFrame(lines)
 
 
@@ -84,7 +84,7 @@ def distances_by_row(records: Sequence[Record]) -> Figure:
         dense = found[found.row == BASELINE].distance
         if len(dense):
             axes.axvline(dense.mean(), color="0.45", lw=0.9, ls=(0, (6, 3)), zorder=0)
-        axes.set_xlabel(f"{name} (lower is better)")
+        axes.set_xlabel(distance_axis(records, name))
     panels[0, 0].set_yticks(range(len(labels)), labels)
     panels[0, 0].invert_yaxis()
     sns.despine(figure)
@@ -122,7 +122,7 @@ def distance_against_capacity(records: Sequence[Record]) -> Figure:
         _row_points(axes, drawn, "capacity", records)
         _sweeps(axes, drawn, "capacity", records, named=True)
         axes.margins(y=0.1)
-        axes.set_ylabel(distance_axis(records) if name == "distance" else f"{name} (lower is better)")
+        axes.set_ylabel(distance_axis(records, None if name == "distance" else name))
     low, high = axes.get_xlim()
     ticks = [tick for tick in (FEW_TICKS if high > 5 * low else MANY_TICKS) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

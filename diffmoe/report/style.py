@@ -146,6 +146,6 @@ def finish_figure(figure: Figure, axes: Axes, *, below: bool = False) -> Figure:
     return figure
 
 
-def distance_axis(records: Sequence[Record]) -> str:
-    """Name the axis of the distance."""
-    return f"{records[0].evaluation['distance_name']} (lower is better)"
+def distance_axis(records: Sequence[Record], name: str | None = None) -> str:
+    """Name the axis of the distance, or of another extractor's by its name."""
+    return f"{name or records[0].evaluation['distance_name']} (lower is better)"

@@ -15,8 +15,9 @@ from diffmoe.cells import load_rows
 from diffmoe.config import ConfigError, digest
 from diffmoe.records import Record
 from diffmoe.report.comparison import seeds_to_decide, smallest_gap
+from diffmoe.report.cost import counted_sweep
 from diffmoe.report.questions import Answer, Equal, Question, answer, load_questions
-from diffmoe.report.readings import at_gflops, at_training_time, read_curve
+from diffmoe.report.readings import at_gflops, at_training_time, read_curve, swept_to_gflops
 from diffmoe.report.table import group_rows
 from diffmoe.report.verdicts import verdicts_markdown
 
@@ -62,6 +63,22 @@ def test_equal_gflops_read_the_dense_sizes_at_the_routers_mean() -> None:
     ours, theirs = at_gflops(rows, "tc", "dense", "distance")
     assert np.exp(ours) == pytest.approx([5.0])
     assert np.exp(theirs) == pytest.approx([4.0, 6.0])  # sqrt(8 x 2), sqrt(9 x 4)
+
+
+def test_a_sweep_is_read_at_the_others_gflops_or_at_its_end_where_that_costs_less() -> None:
+    sweep = [{"capacity": capacity, "distance": 8 / capacity} for capacity in (1.0, 2.0, 4.0)]
+    sweeps = [sweep[:2], sweep, [{"capacity": 1.0}]]  # the last of a time when another extractor's was not measured
+    rows = group_rows([replace(record, threshold_sweep=points)
+                       for record, points in zip(measured("diffmoe", [9.0] * 3), sweeps, strict=True)])
+    low, middle, high = (point["gflops"] for point in counted_sweep(rows["diffmoe"][1]))
+    assert low < middle < high
+    between = math.sqrt(middle * high)
+    rows |= group_rows(measured("dense-large", [5.0], gflops=between))
+    ours, theirs = swept_to_gflops(rows, "diffmoe", "dense-large", "distance")
+    assert np.exp(ours) == pytest.approx([4.0, math.sqrt(4.0 * 2.0)])  # the first seed's sweep ends below
+    assert np.exp(theirs) == pytest.approx([5.0])
+    cheap = rows | group_rows(measured("dense-large", [5.0], gflops=0.9 * low))
+    assert swept_to_gflops(cheap, "diffmoe", "dense-large", "distance")[0] == []
 
 
 def budgets_of(row: str, *, images_per_second: float, factor: float) -> list[Record]:

@@ -102,3 +102,27 @@ def test_rows_without_a_diagnosis_are_left_out_of_all_of_it() -> None:
         FIGURES[name][1](records)
     assert figures_csv([replace(record, diagnosis={}) for record in records],
                        {name: FIGURES[name] for name in PICTURES}) == {}
+
+
+def test_shares_stand_block_by_block_and_those_of_experts_are_marked() -> None:
+    records = fake_records(["dense", "diffmoe"], [0, 1])
+    text = diagnosis_markdown(records)
+    for block in range(1, 5):
+        shares = {record.label: [] for record in records}
+        for record in records:
+            shares[record.label].append(np.mean(record.diagnosis["blocks"]["share"][block - 1]))
+        expected = {label: f"{np.mean(found):.2g}" for label, found in shares.items()}
+        expected["DiffMoE (dynamic)"] += "*" if block % 2 == 0 else ""
+        assert column(text, str(block)) == expected
+
+
+def test_training_losses_are_compared_with_denses_of_the_same_seed() -> None:
+    def with_losses(record: Record, *last: float) -> Record:
+        lines = [[step, {"mse": loss}] for step, loss in zip((75, 76, 100), (9.0, *last), strict=True)]
+        return replace(record, training=record.training | {"steps": 100, "losses": lines})
+
+    records = {(record.row, record.seed): record for record in fake_records(["dense", "diffmoe"], [0, 1])}
+    text = diagnosis_markdown([with_losses(records["dense", 0], 0.5, 0.7), with_losses(records["diffmoe", 0], 0.6, 0.8),
+                               with_losses(records["diffmoe", 1], 0.8, 1.0)])
+    assert column(text, "training loss") == {"Dense": "0.6", "DiffMoE (dynamic)": "0.80 ± 0.14"}
+    assert column(text, "to Dense, x1000") == {"Dense": "-", "DiffMoE (dynamic)": "100"}  # of the seed that both have

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from diffmoe.config import ModelConfig, from_dict
+from diffmoe.models.counting import ParameterCount, count_parameters, flops_per_call
 from diffmoe.records import Record
 from diffmoe.report.table import group_rows
 from diffmoe.report.table1 import format_table
@@ -46,6 +49,20 @@ def images_per_second(record: Record) -> float:
 def training_minutes(record: Record) -> float:
     """Return the wall-clock minutes of a training at its throughput, without start and checkpoints."""
     return record.training["images"] / images_per_second(record) / 60
+
+
+def counted_sweep(record: Record) -> list[dict[str, float]]:
+    """Return the points of a sweep, each with the strict count and GFLOPs at its capacity."""
+    count, fixed, routed = _counts(from_dict(ModelConfig, record.config["model"]))
+    return [{"activated_params_strict": count.activated_strict(point["capacity"]),
+             "gflops": (fixed + routed * point["capacity"]) / 1e9} | point for point in record.threshold_sweep]
+
+
+@functools.cache
+def _counts(model: ModelConfig) -> tuple[ParameterCount, float, float]:
+    """Return a model's parameters, and the FLOPs of a call: of all but the experts, and of them at C = 1."""
+    fixed = flops_per_call(model, 0.0)
+    return count_parameters(model), fixed, flops_per_call(model, 1.0) - fixed
 
 
 def cost_seconds(records: Sequence[Record]) -> dict[str, float]:

@@ -104,7 +104,7 @@ def experts(records: Sequence[Record], of: str) -> Figure:
     last = data.layer.max()
     layers = sorted({1, (1 + last) // 2, last})
     set_theme()
-    height = 0.5 + min(0.11 * data.expert.nunique(), 3)
+    height = 0.5 + min(0.11 * data.expert.nunique(), 3, max(0.7, 11 / len(labels)))
     figure, grid = plt.subplots(len(labels), len(layers), figsize=(9, 1.1 + height * len(labels)), squeeze=False,
                                 layout="constrained")
     for label, line in zip(labels, grid, strict=True):
@@ -116,8 +116,8 @@ def experts(records: Sequence[Record], of: str) -> Figure:
                 table = table.loc[centre.sort_values(kind="stable").index, ::-1]
             draw_loads(axes, table)
             bottom = label == labels[-1]
-            axes.set(xlabel=of.replace("_", " ") if bottom else "", ylabel=label if layer == 1 else "", yticks=[])
-            axes.set_title(f"MoE layer {layer}" if label == labels[0] else "", fontsize=9)
+            axes.set(xlabel=f"{of.replace('_', ' ')}, MoE layer {layer}" if bottom else "", ylabel="", yticks=[])
+            axes.set_title(label if layer == 1 else "", fontsize=9, loc="left")
             axes.tick_params(labelsize=8, labelbottom=bottom, rotation=0)
     draw_load_bar(figure, grid)
     figure.suptitle(f"Which expert takes which {of.replace('_', ' ')}: a line an expert, by the training rule\n"

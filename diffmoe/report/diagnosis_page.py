@@ -10,7 +10,7 @@ import numpy as np
 
 from diffmoe.records import Record
 from diffmoe.report.diagnosis import mean
-from diffmoe.report.table import group_rows, mean_sd
+from diffmoe.report.table import BASELINE, group_rows, mean_sd
 from diffmoe.report.table1 import format_table
 
 Value = Callable[[dict[str, Any]], float]
@@ -59,11 +59,13 @@ def diagnosis_markdown(records: Sequence[Record]) -> str:
 {len(first["noise_levels"])} noise levels.
 Means over layers and levels, ± sd over seeds.
 
-{_table(rows, BRANCHES)}{_table(rows, CHOICES)}\
+{_table(rows, BRANCHES)}{_by_block(rows)}{_table(rows, CHOICES)}\
 Gradient's norm / weights' norm, by part, means over seeds: the gradient of the training loss of these images, with
 noise and times as training draws them, at the averaged weights.
 
 {format_table(norms)}
+
+{_losses(rows)}
 """
 
 
@@ -74,6 +76,34 @@ def _table(rows: Sequence[Sequence[Record]], columns: Columns) -> str:
              if set(cells[same[0].label]) != {"-"}]
     sentences = "\n".join(f"- {name}: {sentence}" for name, (_, sentence) in columns.items())
     return f"{format_table([['system', *columns, 'seeds'], *lines])}\n\n{sentences}\n\n" if lines else ""
+
+
+def _by_block(rows: Sequence[Sequence[Record]]) -> str:
+    """Return the table of the share that each block's feed-forward layer or experts add; * where a row has experts."""
+    lines = []
+    for same in rows:
+        shares = np.mean([record.diagnosis["blocks"]["share"] for record in same], axis=(0, 2))
+        lines.append([same[0].label, *(f"{share:.2g}{'*' if is_moe else ''}" for share, is_moe in zip(
+            shares, same[0].diagnosis["blocks"]["is_moe"], strict=True))])
+    header = ["share by block", *map(str, range(1, max(map(len, lines))))]
+    return f"{format_table([header, *lines])}\n\n- share by block: the shares above, block by block; *: of experts.\n\n"
+
+
+def _losses(rows: Sequence[Sequence[Record]]) -> str:
+    """Return the table of training losses, against Dense's too: trainings of a seed draw the same images and noise."""
+    found = {(record.row, record.seed): mean([losses["mse"] for step, losses in record.training["losses"]
+                                              if step > 0.75 * record.training["steps"]])
+             for same in rows for record in same}
+    lines = []
+    for row, label in {same[0].row: same[0].label for same in rows}.items():
+        own = {seed: loss for (of, seed), loss in found.items() if of == row}
+        to_dense = [loss - found[BASELINE, seed] for seed, loss in own.items() if (BASELINE, seed) in found]
+        lines.append([label, mean_sd(list(own.values())), mean_sd([1e3 * value for value in to_dense])
+                      if to_dense and row != BASELINE else "-", str(len(own))])
+    return f"""{format_table([["system", "training loss", "to Dense, x1000", "seeds"], *lines])}
+
+- training loss: the diffusion loss, mean of the last quarter of the steps.
+- to Dense: the difference to Dense's of the same seed, whose steps drew the same images, times and noise."""
 
 
 def _cell(records: Sequence[Record], value: Value) -> str:

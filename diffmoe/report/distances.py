@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -14,10 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from diffmoe.config import ModelConfig, from_dict
-from diffmoe.models.counting import ParameterCount, count_parameters, flops_per_call
 from diffmoe.records import Record
-from diffmoe.report.cost import training_minutes
+from diffmoe.report.cost import counted_sweep, training_minutes
 from diffmoe.report.style import (
     SWEPT,
     SYSTEMS,
@@ -141,24 +138,10 @@ def cost_data(records: Sequence[Record]) -> pd.DataFrame:
     for record in (record for rows in group_rows(records).values() for record in rows):
         own = record.activation | {"threshold": math.nan, "distance": record.metrics["distance"],
                                    "training_minutes": training_minutes(record)}
-        for point in (own, *(_counted(point, record) for point in record.threshold_sweep)):
+        for point in (own, *counted_sweep(record)):
             lines.append(row_columns(record) | {"training_digest": record.training_digest} | {
                 key: point.get(key, math.nan) for key in ("threshold", "capacity", *COSTS, "distance")})
     return pd.DataFrame(lines)
-
-
-def _counted(point: dict[str, float], record: Record) -> dict[str, float]:
-    """Return a point of a sweep with the strict count and GFLOPs at its capacity."""
-    count, fixed, routed = _counts(from_dict(ModelConfig, record.config["model"]))
-    return {"activated_params_strict": count.activated_strict(point["capacity"]),
-            "gflops": (fixed + routed * point["capacity"]) / 1e9} | point
-
-
-@functools.cache
-def _counts(model: ModelConfig) -> tuple[ParameterCount, float, float]:
-    """Return a model's parameters, and the FLOPs of a call: of all but the experts, and of them at C = 1."""
-    fixed = flops_per_call(model, 0.0)
-    return count_parameters(model), fixed, flops_per_call(model, 1.0) - fixed
 
 
 def distance_against_cost(records: Sequence[Record]) -> Figure:

@@ -16,7 +16,7 @@ import yaml
 
 from diffmoe.records import Record
 from diffmoe.report.comparison import ALPHA, POWER, Comparison, Tested, compare, correct
-from diffmoe.report.readings import NEAR, Reading, Rows, as_measured, at_gflops, at_training_time
+from diffmoe.report.readings import NEAR, Reading, Rows, as_measured, at_gflops, at_training_time, swept_to_gflops
 from diffmoe.report.table import group_rows, second_distances
 from diffmoe.report.table1 import format_table
 
@@ -32,10 +32,11 @@ class Equal(enum.StrEnum):
     CAPACITY = "capacity"
     GFLOPS = "gflops"
     TRAINING_TIME = "training_time"
+    SWEPT_GFLOPS = "swept_gflops"
 
 
 NAMES = {None: "", Equal.CAPACITY: " at equal C", Equal.GFLOPS: " at equal GFLOPs",
-         Equal.TRAINING_TIME: " at equal training time"}
+         Equal.TRAINING_TIME: " at equal training time", Equal.SWEPT_GFLOPS: ", swept to its GFLOPs"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Question:
     """The rows are two inference rules of one training."""
     at_equal: Equal | None = None
     """None: as measured."""
+    asked_after: bool = False
+    """These records raised the question, so that only other seeds or budgets test it."""
 
     @property
     def text(self) -> str:
@@ -76,7 +79,7 @@ def load_questions(path: Path = QUESTIONS) -> list[Question]:
             for entry in yaml.safe_load(path.read_text())]
 
 
-def answer(records: Sequence[Record], everything: Sequence[Record], questions: Sequence[Question] | None = None,
+def answer(records: Sequence[Record], everything: Sequence[Record], questions: Sequence[Question],
            distance: str = "distance") -> list[Answer]:
     """Answer each question by the rule in this file's docstring.
 
@@ -88,7 +91,6 @@ def answer(records: Sequence[Record], everything: Sequence[Record], questions: S
     Raises:
         ConfigError: for records that cannot be compared, or that share checkpoints where their question says otherwise.
     """
-    questions = load_questions() if questions is None else questions
     rows = group_rows(records)
     found = [_compare(question, rows, everything, distance) for question in questions]
     tested = correct([comparison for comparison, _ in found], [math.log1p(GAP)] * len(found))
@@ -118,6 +120,8 @@ def _compare(question: Question, rows: Rows, everything: Sequence[Record], dista
 def _read(question: Question, rows: Rows, everything: Sequence[Record], distance: str) -> Reading:
     if question.at_equal is Equal.GFLOPS:
         return at_gflops(rows, question.first, question.second, distance)
+    if question.at_equal is Equal.SWEPT_GFLOPS:
+        return swept_to_gflops(rows, question.first, question.second, distance)
     if question.at_equal is Equal.TRAINING_TIME:
         return at_training_time(rows, question.first, question.second, everything, distance)
     return as_measured(rows, question.first, question.second, shares_checkpoint=question.shares_checkpoint,
@@ -131,17 +135,15 @@ def _num_machines(question: Question, rows: Rows, everything: Sequence[Record]) 
 
 def questions_markdown(records: Sequence[Record], everything: Sequence[Record]) -> str:
     """Return the section of the open questions."""
-    others = {name: answer(records, everything, distance=name) for name in second_distances(records)}
-    lines = [["question", "effect", "95 % interval", "test", "seeds", "p", "p, Holm", "answer",
-              *(f"by {name}" for name in others), "why", "smallest gap shown", f"seeds for {GAP:.0%}"]]
-    lines += [_cells(found, [by[index].text for by in others.values()])
-              for index, found in enumerate(answer(records, everything))]
+    others = second_distances(records)
     also = f" {' and '.join(others)}: the same, Holm over its own list." if others else ""
+    before, after = ([question for question in load_questions() if question.asked_after is asked_after]
+                     for asked_after in (False, True))
     return f"""## Open questions
 
 Listed before the runs, without a published effect to reproduce.
 
-{format_table(lines)}
+{_table(before, records, everything)}
 
 The effect is that of the first row against the second, below 0 where the first is better. Two-sided; Holm over this
 list; a row is better with Holm's p < {ALPHA}.{also}
@@ -150,7 +152,26 @@ Holm leaves; `seeds for {GAP:.0%}`, a row's seeds that would so show one of {GAP
 At equal GFLOPs the second row is read between the sizes of its system; at equal training time between its own budgets,
 at the minutes that the first took (images by throughput, on one kind of hardware). Both a seed at a time, linear in the
 logarithms; less than {NEAR - 1:.0%} beyond the last of them the last is taken, farther it is not reached.
+
+## Asked afterwards
+
+Records raised these questions, so what the same records answer is a lead and no finding: the file of questions names
+their seeds, and only others test it. Holm over this list.
+
+{_table(after, records, everything)}
+
+Swept: each seed of the first row is read between the thresholds of its sweep, at the second's mean GFLOPs, or at the
+lowest threshold where that costs less.
 """
+
+
+def _table(questions: Sequence[Question], records: Sequence[Record], everything: Sequence[Record]) -> str:
+    others = {name: answer(records, everything, questions, distance=name) for name in second_distances(records)}
+    lines = [["question", "effect", "95 % interval", "test", "seeds", "p", "p, Holm", "answer",
+              *(f"by {name}" for name in others), "why", "smallest gap shown", f"seeds for {GAP:.0%}"]]
+    lines += [_cells(found, [by[index].text for by in others.values()])
+              for index, found in enumerate(answer(records, everything, questions))]
+    return format_table(lines)
 
 
 def _cells(found: Answer, others: Sequence[str]) -> list[str]:

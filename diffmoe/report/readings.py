@@ -11,7 +11,7 @@ import numpy as np
 
 from diffmoe.config import ConfigError
 from diffmoe.records import Record
-from diffmoe.report.cost import training_minutes
+from diffmoe.report.cost import counted_sweep, training_minutes
 from diffmoe.report.table import log_distance
 
 Rows = dict[str, list[Record]]
@@ -55,6 +55,19 @@ def at_gflops(rows: Rows, first: str, second: str, distance: str) -> Reading:
     curve = _curve(((fmean(record.activation["gflops"] for record in same), same) for same in sizes), distance)
     gflops = fmean(record.activation["gflops"] for record in rows[first])
     return [own_log_distance(record, distance) for record in rows[first]], read_curve(curve, gflops)
+
+
+def swept_to_gflops(rows: Rows, first: str, second: str, distance: str) -> Reading:
+    """Read `first` off its threshold sweeps at the mean GFLOPs of `second`, or at a sweep's end if it costs less."""
+    if first not in rows or second not in rows:
+        return [], []
+    most = fmean(record.activation["gflops"] for record in rows[second])
+    swept = []
+    for record in rows[first]:
+        curve = sorted((point["gflops"], {record.seed: log_distance(point[distance], record.id)})
+                       for point in counted_sweep(record) if distance in point)
+        swept += read_curve(curve, min(most, curve[-1][0])) if curve else []
+    return swept, [own_log_distance(record, distance) for record in rows[second]]
 
 
 def at_training_time(rows: Rows, first: str, second: str, everything: Sequence[Record], distance: str) -> Reading:

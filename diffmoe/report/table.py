@@ -168,7 +168,7 @@ def mean_sd(values: Sequence[float]) -> str:
     """Write mean ± sd; the sd has two significant digits and the mean as many decimals; one value has four digits."""
     mean = fmean(values)
     sd = stdev(values) if len(values) > 1 else 0.0
-    if not math.isfinite(mean) or sd < 1e-9 * abs(mean) or sd == 0:
+    if not math.isfinite(mean) or sd < 1e-6 * abs(mean) or sd == 0:
         return f"{mean:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(sd)))
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"

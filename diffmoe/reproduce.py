@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -62,12 +63,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m diffmoe.reproduce", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, action="append", metavar="FILE",
-                        help="the table's rows (YAML); with --dry-run it may be repeated")
+                        help="the table's rows (YAML); repeated: of several files in one folder")
     parser.add_argument("--scale", default="digits", help="name of a file in diffmoe/configs (default: digits)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="so many seeds (default: 3)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N",
                         help="the first of them (default: 0); machines can share a table by seeds and rows")
-    parser.add_argument("--only", metavar="ROW,...", help="these rows of the file (default: all)")
+    parser.add_argument("--only", metavar="ROW,...", help="these rows of the files (default: all)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="MINUTES",
                         help="save and stop after this long; the same command goes on")
     parser.add_argument("--jobs", type=int, metavar="N",
@@ -91,16 +92,14 @@ def main(arguments: list[str]) -> int:
     published = store.folder.parent if store.folder.name == "local" else RESULTS / options.scale
     if options.publish:
         return publish(store, published)
-    tables = [load_rows(path, scale, options.overrides) for path in options.rows]
+    tables = {str(path): load_rows(path, scale, options.overrides) for path in options.rows}
     if options.only is not None:
-        tables = [_choose(rows, options.only.split(",")) for rows in tables]
+        tables = _choose(tables, options.only.split(","))
     if options.dry_run and (len(tables) > 1 or not (published / "records").is_dir()):
-        named = dict(zip(map(str, options.rows), tables, strict=True))
-        print(plan(named, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
-        if len(tables) > 1 or tables[0][0].config.data.name == LATENTS:  # to list the cells would need them
-            return 0
-    require(len(tables) == 1, "--rows", len(tables), "give one file: a table is one protocol in one folder (--out)")
-    rows = at_budgets(tables[0])
+        print(plan(tables, options.seeds, max(options.gpus, 1), RESULTS / "bench"))
+        if len(tables) > 1 or LATENTS in {row.config.data.name for rows in tables.values() for row in rows}:
+            return 0  # to list the cells would need the data
+    rows = at_budgets(_together(tables))
     data = load_data(rows[0].config.data, rows[0].config.model)
     device = choose_device(rows[0].config.runtime.device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -135,11 +134,23 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _choose(rows: list[Row], keys: list[str]) -> list[Row]:
-    known = {row.key: row for row in rows}
+def _choose(tables: dict[str, list[Row]], keys: list[str]) -> dict[str, list[Row]]:
+    known = dict.fromkeys(row.key for rows in tables.values() for row in rows)
     for key in keys:
-        require(key in known, "--only", key, f"use rows of the file: {', '.join(known)}")
-    return [row for row in rows if row.key in keys]
+        require(key in known, "--only", key, f"use rows of the files: {', '.join(known)}")
+    chosen = {path: [row for row in rows if row.key in keys] for path, rows in tables.items()}
+    return {path: rows for path, rows in chosen.items() if rows}
+
+
+def _together(tables: dict[str, list[Row]]) -> list[Row]:
+    """Return the rows of all tables, once they can share a folder: each there once, all measured in one way."""
+    rows = [row for table in tables.values() for row in table]
+    for key, times in Counter(row.key for row in rows).items():
+        require(times == 1, "--rows", key, "the row is in two files; give each file a run and an --out of its own")
+    for part, row in product(("data", "diffusion", "sampling", "evaluation"), rows):
+        require(getattr(row.config, part) == getattr(rows[0].config, part), "--rows", row.key,
+                f"a folder holds one protocol, and `{part}` differs from that of {rows[0].key}; use an --out for each")
+    return rows
 
 
 def _run(cells: list[Cell], run: Callable[..., Iterator[Record]], store: Store, tracker: Tracker) -> None:

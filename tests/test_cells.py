@@ -152,8 +152,21 @@ def test_a_machine_takes_rows_and_seeds_of_a_table(tmp_path, capsys):
     listed = [line.split("-") for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert sorted((row.strip(), seed) for row, _, seed, _ in listed) == [
         ("dense", "s2"), ("dense", "s3"), ("tc", "s2"), ("tc", "s3")]
-    with pytest.raises(ConfigError, match="--only=tz: use rows of the file: tc, dense"):
+    with pytest.raises(ConfigError, match="--only=tz: use rows of the files: tc, dense"):
         reproduce.main([*command, "--only", "dense,tz"])
+
+
+def test_tables_of_one_protocol_share_a_folder_and_a_queue(tmp_path, capsys):
+    sizes = ROWS.with_name("sizes.yaml")
+    command = ["--rows", str(ROWS), "--rows", str(sizes), "--out", str(tmp_path), "--seeds", "1", *SMALL]
+    assert reproduce.main([*command, "--only", "dense,dense-narrow"]) == 0
+    assert "2 rows x 1 seeds: 0 cells recorded, 2 to run" in capsys.readouterr().out
+    assert [record.row for record in read_records(tmp_path / "records")] == ["dense", "dense-narrow"]
+    other = tmp_path / "other.yaml"
+    other.write_text(f"""- {{row: other, label: Other, system: dense, config: {ROWS.parent / "configs/dense.yaml"},
+   set: {{sampling.sampler: euler}}}}""")
+    with pytest.raises(ConfigError, match="--rows=other: .* `sampling` differs from that of tc"):
+        reproduce.main(["--rows", str(ROWS), "--rows", str(other), "--out", str(tmp_path), *SMALL])
 
 
 def test_the_time_of_what_is_missing_is_that_of_records_of_its_own_budget(rows, measured, tmp_path):

@@ -93,13 +93,13 @@ def test_memory_a_gpu_falls_with_the_gpus_and_counts_every_average():
     assert plan.state_bytes(config, 10) == 200
 
 
-def test_a_dry_run_needs_no_data_and_more_than_one_table_is_for_a_dry_run_only(capsys):
+def test_a_dry_run_needs_no_data_and_a_run_refuses_tables_that_no_folder_can_hold(capsys):
     arguments = [word for name in ("flow-7000k", "ddpm-7000k")
                  for word in ("--rows", str(BASELINES / "imagenet256" / f"{name}.yaml"))]
     assert reproduce.main([*arguments, "--scale", "imagenet256", "--dry-run", "--seeds", "1"]) == 0
     text = capsys.readouterr().out
     assert "DiffMoE-L-E8" in text and "GPU h" in text and "assumed" in text and "estimate" in text
-    with pytest.raises(ConfigError, match="--rows"):
+    with pytest.raises(ConfigError, match="--rows=dense-xl: the row is in two files"):
         reproduce.main([*arguments, "--scale", "imagenet256"])
     with pytest.raises(ConfigError, match=r"data.path"):
         reproduce.main([*arguments[:2], "--scale", "imagenet256"])

@@ -90,11 +90,17 @@ def name_figure(figure: Figure, records: Sequence[Record], title: str, *, metric
 
 
 def draw_lines(axes: Axes, data: pd.DataFrame, x: str, y: str, records: Sequence[Record]) -> None:
-    """Draw a line a label, mean and sd over its seeds: of its system's colour, each of a system with other dashes."""
+    """Draw a line a label, mean and sd over its seeds: of its system's colour, each of a system with other dashes.
+
+    A system with more labels than there are dashes has the same again in a lighter colour.
+    """
     firsts = data.drop_duplicates("label")
-    palette = {line.label: system_colour(line.system, records) for line in firsts.itertuples()}
     place = firsts.groupby("system").cumcount()
-    dashes = {label: DASHES[index % len(DASHES)] for label, index in zip(firsts.label, place, strict=True)}
+    palette, dashes = {}, {}
+    for line, index in zip(firsts.itertuples(), place, strict=True):
+        again, kind = divmod(index, len(DASHES))
+        palette[line.label] = sns.light_palette(system_colour(line.system, records), as_cmap=True)(0.5**again)
+        dashes[line.label] = DASHES[kind]
     sns.lineplot(data, x=x, y=y, hue="label", style="label", palette=palette, dashes=dashes, errorbar="sd", ax=axes,
                  lw=1.6)
 

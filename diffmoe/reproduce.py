@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -36,14 +35,14 @@ from diffmoe.cells import (
     run_name,
 )
 from diffmoe.cli import TrainingBar, choose_device, run_command
-from diffmoe.config import ConfigError, require
+from diffmoe.config import ConfigError, require, to_dict
 from diffmoe.data import load_data
 from diffmoe.data.latent_data import LATENTS
 from diffmoe.plan import plan
 from diffmoe.records import Record, read_records
 from diffmoe.report.__main__ import write_report
 from diffmoe.report.budgets import by_budget
-from diffmoe.report.table import results_table
+from diffmoe.report.table import configured_protocol, results_table
 from diffmoe.report.table1 import format_table
 from diffmoe.tracking.live import Tracker, add_track_option
 from diffmoe.training.checkpoint import load_weights, save_weights
@@ -147,9 +146,11 @@ def _together(tables: dict[str, list[Row]]) -> list[Row]:
     rows = [row for table in tables.values() for row in table]
     for key, times in Counter(row.key for row in rows).items():
         require(times == 1, "--rows", key, "the row is in two files; give each file a run and an --out of its own")
-    for part, row in product(("data", "diffusion", "sampling", "evaluation"), rows):
-        require(getattr(row.config, part) == getattr(rows[0].config, part), "--rows", row.key,
-                f"a folder holds one protocol, and `{part}` differs from that of {rows[0].key}; use an --out for each")
+    first = configured_protocol(to_dict(rows[0].config))
+    for row in rows:
+        for what, ours in configured_protocol(to_dict(row.config)).items():
+            require(ours == first[what], "--rows", row.key, f"mixed {what}: {ours}, and {first[what]} of "
+                    f"{rows[0].key}; give each file a run and an --out of its own")
     return rows
 
 

@@ -165,7 +165,7 @@ def test_tables_of_one_protocol_share_a_folder_and_a_queue(tmp_path, capsys):
     other = tmp_path / "other.yaml"
     other.write_text(f"""- {{row: other, label: Other, system: dense, config: {ROWS.parent / "configs/dense.yaml"},
    set: {{sampling.sampler: euler}}}}""")
-    with pytest.raises(ConfigError, match="--rows=other: .* `sampling` differs from that of tc"):
+    with pytest.raises(ConfigError, match="--rows=other: mixed samplers: euler, and heun of tc"):
         reproduce.main(["--rows", str(ROWS), "--rows", str(other), "--out", str(tmp_path), *SMALL])
 
 

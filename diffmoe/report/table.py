@@ -72,12 +72,18 @@ def require_one_protocol(records: Sequence[Record]) -> None:
 
 def _protocol(record: Record) -> dict[str, Any]:
     """Return what the records of one table must agree in, by its name in an error."""
-    evaluation, sampling = record.evaluation, record.config["sampling"]
-    return {"scales": record.scale, "sample counts": record.sampling["num_samples"],
-            "extractors": evaluation["extractor"], "distances": evaluation["distance_name"],
-            "references": evaluation["reference"], "samplers": _sampler(sampling),
-            "sampling steps": sampling["num_steps"], "guidance": _guidance(sampling),
-            "KID subset sizes": record.config["evaluation"]["kid_subset_size"]}
+    evaluation = record.evaluation
+    return configured_protocol(record.config) | {
+        "scales": record.scale, "sample counts": record.sampling["num_samples"], "extractors": evaluation["extractor"],
+        "distances": evaluation["distance_name"], "references": evaluation["reference"]}
+
+
+def configured_protocol(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the configurations of one table must agree in, by its name in an error."""
+    evaluation, sampling = config["evaluation"], config["sampling"]
+    return {"sample counts": evaluation["num_samples"], "extractors": evaluation["extractor"],
+            "samplers": _sampler(sampling), "sampling steps": sampling["num_steps"], "guidance": _guidance(sampling),
+            "KID subset sizes": evaluation["kid_subset_size"]}
 
 
 def _sampler(sampling: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from fake_records import NUM_CLASSES, NUM_EXPERTS, NUM_LAYERS, NUM_LEVELS, ROWS,
 from diffmoe.records import Record
 from diffmoe.report.diagnosis import branches_data, experts_data, thresholds_data
 from diffmoe.report.diagnosis_page import diagnosis_markdown
-from diffmoe.report.figures import FIGURES, figures_csv
+from diffmoe.report.figures import FIGURES, figures_csv, losses_data
 
 PICTURES = {"branches", "experts_by_noise_level", "experts_by_class", "thresholds"}
 
@@ -126,3 +126,10 @@ def test_training_losses_are_compared_with_denses_of_the_same_seed() -> None:
                                with_losses(records["diffmoe", 1], 0.8, 1.0)])
     assert column(text, "training loss") == {"Dense": "0.6", "DiffMoE (dynamic)": "0.80 ± 0.14"}
     assert column(text, "to Dense, x1000") == {"Dense": "-", "DiffMoE (dynamic)": "100"}  # of the seed that both have
+
+
+def test_a_row_of_some_of_the_seeds_of_a_shared_training_is_not_drawn_again() -> None:
+    records = [*fake_records(["diffmoe", "dense"], [0, 1]), *fake_records(["diffmoe-predictor"], [1])]
+    assert set(thresholds_data(records).label) == {"DiffMoE"}
+    assert set(losses_data(records).label) == {"DiffMoE", "Dense"}
+    assert set(losses_data(records[:2]).label) == {"DiffMoE (dynamic)"}

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from diffmoe.records import Record
 from diffmoe.report.style import (
-    SYSTEMS,
     draw_lines,
     draw_load_bar,
     draw_loads,
@@ -27,6 +26,7 @@ from diffmoe.report.style import (
     row_columns,
     scale_note,
     set_theme,
+    shared_label,
 )
 from diffmoe.report.table import group_rows
 
@@ -167,14 +167,15 @@ def _finish(figure: Figure, records: Sequence[Record], title: str) -> Figure:
 def _distinct(records: Sequence[Record], key: str) -> list[list[Record]]:
     """Return the records of each row whose diagnosis has `key`, of rows that have the same in it the first.
 
-    Rows of one training do; a system whose rows all do goes by the system's name.
+    Rows of one training do, and go by what their labels share; a later one may have some of the seeds alone.
     """
-    found: dict[str, list[Record]] = {}
+    found: list[tuple[set[str], list[Record], list[str]]] = []
     for rows in group_rows(records).values():
         measured = [record for record in rows if key in record.diagnosis]
-        if measured:
-            content = json.dumps([(record.training_digest, record.seed, record.diagnosis[key]) for record in measured])
-            found.setdefault(content, measured)
-    systems = [rows[0].system for rows in found.values()]
-    return [[replace(record, label=SYSTEMS.get(record.system, record.label)) for record in rows]
-            if systems.count(rows[0].system) == 1 else rows for rows in found.values()]
+        contents = {json.dumps((record.training_digest, record.seed, record.diagnosis[key])) for record in measured}
+        same = [labels for others, _, labels in found if contents <= others]
+        if measured and same:
+            same[0].append(rows[0].label)
+        elif measured:
+            found.append((contents, measured, [rows[0].label]))
+    return [[replace(record, label=shared_label(labels)) for record in measured] for _, measured, labels in found]

@@ -34,7 +34,7 @@ from diffmoe.report.panels import (
     samples_data,
     tokens_per_expert,
 )
-from diffmoe.report.style import SYSTEMS, draw_lines, finish_figure, row_columns, row_style, start_figure
+from diffmoe.report.style import draw_lines, finish_figure, row_columns, row_style, shared_label, start_figure
 from diffmoe.report.table import group_rows
 
 DPI = 150
@@ -45,14 +45,14 @@ MOST_NAMED_CLASSES = 20
 
 def losses_data(records: Sequence[Record]) -> pd.DataFrame:
     """Return the diffusion loss of each training run once, though several rows may share it."""
-    runs = {(record.training_digest, record.seed): record for rows in group_rows(records).values() for record in rows}
-    trainings: dict[str, set[str]] = {}
-    for record in runs.values():
-        trainings.setdefault(record.system, set()).add(record.training_digest)
+    runs: dict[tuple[str, int], Record] = {}
+    labels: dict[str, list[str]] = {}
+    for record in (record for rows in group_rows(records).values() for record in rows):
+        runs.setdefault((record.training_digest, record.seed), record)
+        labels.setdefault(record.training_digest, []).append(record.label)
     lines = []
     for record in runs.values():
-        alone = len(trainings[record.system]) == 1
-        columns = row_columns(record) | {"label": SYSTEMS.get(record.system, record.system) if alone else record.label}
+        columns = row_columns(record) | {"label": shared_label(labels[record.training_digest])}
         lines += [columns | {"step": step, "loss": losses["mse"]} for step, losses in record.training["losses"]]
     return pd.DataFrame(lines)
 

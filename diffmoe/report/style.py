@@ -41,6 +41,12 @@ def row_columns(record: Record) -> dict[str, object]:
     return {"row": record.row, "label": record.label, "system": record.system, "seed": record.seed}
 
 
+def shared_label(labels: Sequence[str]) -> str:
+    """Name what several rows share by what their labels do: EC (static) and EC (dynamic) are EC."""
+    stems = {label.split(" (")[0] for label in labels}
+    return stems.pop() if len(stems) == 1 < len(set(labels)) else labels[0]
+
+
 def set_theme() -> None:
     """Set the look of the next figure."""
     sns.set_theme(style="whitegrid", rc={"grid.color": "0.9", "axes.edgecolor": "0.4", "axes.labelsize": 10,

@@ -89,7 +89,10 @@ def experts_data(records: Sequence[Record], of: str) -> pd.DataFrame:
     """
     key = LOADS[of]
     lines = []
+    firsts: dict[str, Record] = {}
     for record, *_ in _distinct(records, key):
+        firsts.setdefault(record.training_digest, record)  # a row that calibrates looks at another batch
+    for record in firsts.values():
         places = record.diagnosis["noise_levels"] if of == "noise_level" else range(len(record.diagnosis[key][0][0]))
         lines += [row_columns(record) | {"layer": layer, "expert": expert, of: place, "load": load}
                   for layer, experts in enumerate(record.diagnosis[key], 1) for expert, loads in enumerate(experts, 1)

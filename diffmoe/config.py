@@ -131,6 +131,8 @@ class MoEConfig:
     """Training capacity C: experts that work on a token, on average (token choice: exactly)."""
     interleave: bool = True
     """MoE in odd blocks only (the paper); false puts it in every block."""
+    expert_ratio: float | None = None
+    """Hidden width of an expert over D; null: `mlp_ratio`, as a dense network's (the paper)."""
     shared_experts: int = 0
     """Experts that work on every token beside the routed ones."""
     pool_scope: PoolScope = PoolScope.PROCESS
@@ -140,6 +142,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "capacity")
         require_not_negative(self, "shared_experts")
+        require(self.expert_ratio is None or self.expert_ratio > 0, "moe.expert_ratio", self.expert_ratio,
+                "use a number above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +165,7 @@ class ModelConfig:
     num_classes: int
     """Classes; label `num_classes` is the null label of guidance."""
     mlp_ratio: float = 4.0
-    """Hidden width of a feed-forward network (and of an expert) over D."""
+    """Hidden width of a feed-forward network over D; an expert's too, unless `moe.expert_ratio` says otherwise."""
     class_dropout_prob: float = 0.1
     """Share of training labels replaced by the null label; at 0 there is no null label."""
     learn_sigma: bool = True
@@ -182,6 +186,9 @@ class ModelConfig:
                 "use a probability in [0, 1)")
         require(float(self.ffn_size) == self.hidden_size * self.mlp_ratio, "model.mlp_ratio", self.mlp_ratio,
                 f"make hidden_size={self.hidden_size} times it a whole number")
+        ratio = self.moe and self.moe.expert_ratio
+        require(ratio is None or (self.hidden_size * ratio) % 1 == 0, "model.moe.expert_ratio", ratio,
+                f"make hidden_size={self.hidden_size} times it a whole number")
         if self.moe is not None:
             resolve_router(self.moe.router.kind).check(self, self.moe)
 
@@ -192,8 +199,14 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """F, hidden width of a feed-forward network and of an expert."""
+        """Hidden width of a dense feed-forward network."""
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def expert_size(self) -> int:
+        """F, hidden width of an expert; where there is none, of a dense feed-forward network."""
+        ratio = self.mlp_ratio if self.moe is None or self.moe.expert_ratio is None else self.moe.expert_ratio
+        return int(self.hidden_size * ratio)
 
     @property
     def out_channels(self) -> int:

@@ -30,6 +30,7 @@ from diffmoe.config import (
     digest,
     load_config,
     read_yaml,
+    require,
     resolve_router,
     shareable,
     to_dict,
@@ -120,6 +121,8 @@ def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> LazyTensor
     Raises:
         ConfigError: for a tensor that the layout has no place for.
     """
+    require(config.moe is None or config.moe.expert_ratio is None, "model.moe.expert_ratio",
+            config.moe and config.moe.expert_ratio, "the authors' experts are as wide as a dense network; use null")
     theirs: dict[str, Lazy] = {}
     for name, value in state.items():
         prefix, rest = _split_block(name)

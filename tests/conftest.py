@@ -47,11 +47,12 @@ DYNAMIC_ROUTERS = ("diffmoe", "diffmoe_predictor", "ec_dynamic", "ec_predictor",
 
 
 def model_data(router: str | dict | None = "diffmoe", *, num_experts: int = 4, capacity: float = 1.0,
-               shared_experts: int = 0, interleave: bool = True, **changes: Any) -> dict[str, Any]:
+               shared_experts: int = 0, interleave: bool = True, expert_ratio: float | None = None,
+               **changes: Any) -> dict[str, Any]:
     """Return a small model's configuration as YAML data; `router` is a name in ROUTERS, options, or None for dense."""
     moe = router and {"router": copy.deepcopy(ROUTERS[router] if isinstance(router, str) else router),
                       "num_experts": num_experts, "capacity": capacity, "shared_experts": shared_experts,
-                      "interleave": interleave}
+                      "interleave": interleave, "expert_ratio": expert_ratio}
     return {"hidden_size": 32, "depth": 4, "num_heads": 4, "input_size": 8, "patch_size": 2, "in_channels": 3,
             "num_classes": 10, "moe": moe} | changes
 

@@ -255,7 +255,7 @@ def test_parts_add_up_to_the_operations_of_a_step(system: str) -> None:
 def test_costs_in_closed_form() -> None:
     model = run_config(case("diffmoe"), SETTINGS).model  # D 48, F 192, T 64, batch 2: S 128
     assert attention_costs(model, 2)[0] == 3 * (128 * 8 * 48**2 + 128 * 4 * 64 * 48)
-    assert feed_forward_costs(model, 100, 4) == (3 * 4 * 100 * 48 * 192, 3 * 2 * 100 * 480 + 8 * 2 * 4 * 48 * 192)
+    assert feed_forward_costs(48, 192, 100, 4) == (3 * 4 * 100 * 48 * 192, 3 * 2 * 100 * 480 + 8 * 2 * 4 * 48 * 192)
     router = torch.nn.Sequential(torch.nn.Linear(48, 4))
     assert routing_costs(router, model, 2) == (6 * 128 * 48 * 4, 3 * 128 * (2 * 48 + 4 * 4))
 

@@ -92,6 +92,12 @@ def test_a_part_of_a_state_converts_by_itself():
 # ---------------------------------------------------------------- what does not fit
 
 
+def test_experts_of_another_width_have_no_place_in_their_layout():
+    model = random_model("diffmoe", expert_ratio=2.0)
+    with pytest.raises(ConfigError, match="expert_ratio=2.0"):
+        to_reference(model.state_dict(), model.config)
+
+
 @pytest.mark.parametrize(("system", "changes"), [
     ("dense", {"hidden_size": 64}), ("dense", {"depth": 5}), ("dense", {"patch_size": 4}),
     ("dense", {"in_channels": 3}), ("dense", {"num_classes": 9}), ("dense", {"learn_sigma": False}),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROUTERS, model_config, model_data, network_inputs, rand, random_model, randomise
 
 from diffmoe.config import SIZES, ModelConfig, from_dict
+from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.models.layers import TimestepEmbedder, sincos_positions, unpatchify
 from diffmoe.moe.layer import MoE
@@ -254,6 +255,20 @@ def test_shared_experts_add_that_many_dense_networks_on_every_token(router, shar
         expected = expected + hidden @ fc2.weight[:, part].T
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
     assert (total - routed).abs().min(-1).values.all()
+
+
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "race"])
+def test_twice_the_experts_of_half_the_width_two_a_token_cost_the_same(router):
+    plain = model_config(router, num_experts=4)
+    fine = model_config(router, num_experts=8, capacity=2.0, expert_ratio=2.0)
+    model = build_model(fine).train()
+    layers = model.moe_layers().values()
+    assert [tuple(layer.experts.w1.shape) for layer in layers] == [(8, 32, 64)] * 2
+    more_biases = len(layers) * (8 - 4) * 32  # of what an expert puts out
+    assert count_parameters(fine).experts == count_parameters(plain).experts + more_biases
+    assert flops_per_call(fine, 2.0) - flops_per_call(fine, 0.0) == (
+        flops_per_call(plain, 1.0) - flops_per_call(plain, 0.0))
+    assert model(*network_inputs(4)).prediction.isfinite().all()
 
 
 def test_losses_are_summed_over_layers_by_name():

@@ -91,15 +91,17 @@ def list_parts(trainer: Trainer) -> list[Part]:
     ]
     if dense:
         ffn = trainer.network.blocks[dense[0]].ffn
-        parts.append(Part("dense feed-forward", len(dense), *feed_forward_costs(config, batch * config.num_tokens, 1),
+        costs = feed_forward_costs(config.hidden_size, config.ffn_size, batch * config.num_tokens, 1)
+        parts.append(Part("dense feed-forward", len(dense), *costs,
                           work=lambda: _alone(ffn, inputs["dense"])))
     if moe:
         layer = next(iter(moe.values()))
         rows = int(config.moe.capacity * batch * config.num_tokens)
+        costs = feed_forward_costs(config.hidden_size, config.expert_size, rows, config.moe.num_experts)
         parts += [
             Part("routing", len(moe), *routing_costs(layer.router, config, batch),
                  work=lambda: _routing(layer, inputs["moe"])),
-            Part("expert products", len(moe), *feed_forward_costs(config, rows, config.moe.num_experts),
+            Part("expert products", len(moe), *costs,
                  work=lambda: _experts(layer, inputs["moe"])),
         ]
     tensors = trainer.batch(0)
@@ -134,12 +136,11 @@ def attention_costs(config: ModelConfig, batch: int) -> tuple[float, float]:
     return 3 * flops, 3 * moved
 
 
-def feed_forward_costs(config: ModelConfig, rows: int, num_experts: int) -> tuple[float, float]:
+def feed_forward_costs(width: int, hidden: int, rows: int, num_experts: int) -> tuple[float, float]:
     """Return (operations, bytes) of `rows` tokens through feed-forward networks, forward and backward.
 
     Experts also gather their rows and add them up by token; the gathered copy need not exist, so it is not counted.
     """
-    width, hidden = config.hidden_size, config.ffn_size
     weights = 2 * num_experts * width * hidden
     tokens = 2 * rows * (2 * width + 2 * hidden)
     # weights: read as bf16 forward and backward, gradient written as float32

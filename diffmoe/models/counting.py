@@ -90,7 +90,7 @@ def flops_per_call(config: ModelConfig, capacity: float = 1.0) -> float:
     are not.
     """
     without_experts, num_layers = _flops_without_experts(config)
-    expert = 4 * config.hidden_size * config.ffn_size  # on one token: two products of D x F
+    expert = 4 * config.hidden_size * config.expert_size  # on one token: two products of D x F
     return without_experts + capacity * config.num_tokens * expert * num_layers
 
 

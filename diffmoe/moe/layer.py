@@ -22,10 +22,10 @@ class MoE(nn.Module):
         super().__init__()
         moe = config.moe
         self.router: Router = resolve_router(moe.router.kind)(config, moe)
-        self.experts = ExpertBank(moe.num_experts, config.hidden_size, config.ffn_size)
+        self.experts = ExpertBank(moe.num_experts, config.hidden_size, config.expert_size)
         self.shared = None
         if moe.shared_experts:  # n networks of width F side by side are one of width n*F
-            self.shared = FeedForward(config.hidden_size, moe.shared_experts * config.ffn_size)
+            self.shared = FeedForward(config.hidden_size, moe.shared_experts * config.expert_size)
 
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> tuple[Tensor, Routing]:
         """Return the layer's output (B, T, D) and the routing it used."""

@@ -27,6 +27,7 @@ from diffmoe.report.style import (
     scale_note,
     set_theme,
     shared_label,
+    trainings,
 )
 from diffmoe.report.table import group_rows
 
@@ -88,11 +89,9 @@ def experts_data(records: Sequence[Record], of: str) -> pd.DataFrame:
     Of each training's first seed: two seeds order experts differently.
     """
     key = LOADS[of]
+    measured = [record for record in records if key in record.diagnosis]
     lines = []
-    firsts: dict[str, Record] = {}
-    for record, *_ in _distinct(records, key):
-        firsts.setdefault(record.training_digest, record)  # a row that calibrates looks at another batch
-    for record in firsts.values():
+    for record, *_ in trainings(measured) if measured else ():
         places = record.diagnosis["noise_levels"] if of == "noise_level" else range(len(record.diagnosis[key][0][0]))
         lines += [row_columns(record) | {"layer": layer, "expert": expert, of: place, "load": load}
                   for layer, experts in enumerate(record.diagnosis[key], 1) for expert, loads in enumerate(experts, 1)

@@ -91,19 +91,21 @@ def _by_block(rows: Sequence[Sequence[Record]]) -> str:
 
 def _losses(rows: Sequence[Sequence[Record]]) -> str:
     """Return the table of training losses, against Dense's too: trainings of a seed draw the same images and noise."""
-    found = {(record.row, record.seed): mean([losses["mse"] for step, losses in record.training["losses"]
-                                              if step > 0.75 * record.training["steps"]])
-             for same in rows for record in same}
+    dense = {record.seed: _last_loss(record) for same in rows for record in same if record.row == BASELINE}
     lines = []
-    for row, label in {same[0].row: same[0].label for same in rows}.items():
-        own = {seed: loss for (of, seed), loss in found.items() if of == row}
-        to_dense = [loss - found[BASELINE, seed] for seed, loss in own.items() if (BASELINE, seed) in found]
-        lines.append([label, mean_sd(list(own.values())), mean_sd([1e3 * value for value in to_dense])
-                      if to_dense and row != BASELINE else "-", str(len(own))])
+    for same in rows:
+        differences = [1e3 * (_last_loss(record) - dense[record.seed]) for record in same
+                       if record.seed in dense and record.row != BASELINE]
+        lines.append([same[0].label, mean_sd([_last_loss(record) for record in same]),
+                      mean_sd(differences) if differences else "-", str(len(same))])
     return f"""{format_table([["system", "training loss", "to Dense, x1000", "seeds"], *lines])}
 
 - training loss: the diffusion loss, mean of the last quarter of the steps.
 - to Dense: the difference to Dense's of the same seed, whose steps drew the same images, times and noise."""
+
+
+def _last_loss(record: Record) -> float:
+    return mean([losses["mse"] for step, losses in record.training["losses"] if step > 0.75 * record.training["steps"]])
 
 
 def _cell(records: Sequence[Record], value: Value) -> str:

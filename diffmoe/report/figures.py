@@ -34,7 +34,7 @@ from diffmoe.report.panels import (
     samples_data,
     tokens_per_expert,
 )
-from diffmoe.report.style import draw_lines, finish_figure, row_columns, row_style, shared_label, start_figure
+from diffmoe.report.style import draw_lines, finish_figure, row_columns, row_style, start_figure, trainings
 from diffmoe.report.table import group_rows
 
 DPI = 150
@@ -45,16 +45,9 @@ MOST_NAMED_CLASSES = 20
 
 def losses_data(records: Sequence[Record]) -> pd.DataFrame:
     """Return the diffusion loss of each training run once, though several rows may share it."""
-    runs: dict[tuple[str, int], Record] = {}
-    labels: dict[str, list[str]] = {}
-    for record in (record for rows in group_rows(records).values() for record in rows):
-        runs.setdefault((record.training_digest, record.seed), record)
-        labels.setdefault(record.training_digest, []).append(record.label)
-    lines = []
-    for record in runs.values():
-        columns = row_columns(record) | {"label": shared_label(labels[record.training_digest])}
-        lines += [columns | {"step": step, "loss": losses["mse"]} for step, losses in record.training["losses"]]
-    return pd.DataFrame(lines)
+    return pd.DataFrame([row_columns(record) | {"step": step, "loss": losses["mse"]}
+                         for runs in trainings(records) for record in runs
+                         for step, losses in record.training["losses"]])
 
 
 def calls_data(records: Sequence[Record]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib
 
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from diffmoe.records import Record
-from diffmoe.report.table import floors, row_order
+from diffmoe.report.table import floors, group_rows, row_order
 
 SYSTEMS = {"dense": "Dense", "token_choice": "TC", "expert_choice": "EC", "diffmoe": "DiffMoE",
            "expert_race": "Expert Race"}
@@ -45,6 +46,21 @@ def shared_label(labels: Sequence[str]) -> str:
     """Name what several rows share by what their labels do: EC (static) and EC (dynamic) are EC."""
     stems = {label.split(" (")[0] for label in labels}
     return stems.pop() if len(stems) == 1 < len(set(labels)) else labels[0]
+
+
+def trainings(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the records of each training, one a seed, whichever rows share it; they go by what the rows' labels share.
+
+    Raises:
+        ConfigError: as `group_rows` does.
+    """
+    runs: dict[str, dict[int, Record]] = {}
+    labels: dict[str, list[str]] = {}
+    for record in (record for rows in group_rows(records).values() for record in rows):
+        runs.setdefault(record.training_digest, {}).setdefault(record.seed, record)
+        labels.setdefault(record.training_digest, []).append(record.label)
+    return [[replace(seeds[seed], label=shared_label(labels[training])) for seed in sorted(seeds)]
+            for training, seeds in runs.items()]
 
 
 def set_theme() -> None:

@@ -123,6 +123,8 @@ def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> LazyTensor
     """
     require(config.moe is None or config.moe.expert_ratio is None, "model.moe.expert_ratio",
             config.moe and config.moe.expert_ratio, "the authors' experts are as wide as a dense network; use null")
+    warmup_steps = getattr(config.moe and config.moe.router, "warmup_steps", 0)
+    require(warmup_steps == 0, "model.moe.router.warmup_steps", warmup_steps, "the authors' routers have none; use 0")
     theirs: dict[str, Lazy] = {}
     for name, value in state.items():
         prefix, rest = _split_block(name)

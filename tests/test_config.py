@@ -115,6 +115,10 @@ MISTAKES = {
     "calibration without predictor": (
         {f"{ROUTER}.calibration_batches": 2, f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"},
         ("calibration_batches", "2", "predictor")),
+    "negative warm-up of routing": ({f"{ROUTER}.warmup_steps": -1}, ("router.warmup_steps", "-1")),
+    "warm-up of routing without predictor": (
+        {f"{ROUTER}.warmup_steps": 2, f"{ROUTER}.predictor": False, f"{ROUTER}.inference": "static"},
+        ("router.warmup_steps", "2", "predictor")),
     "unknown gate": ({f"{ROUTER}.gate_normalisation": "tanh"}, ("gate_normalisation", "tanh", "sigmoid")),
     "TC capacity not whole": (TC | {"model.moe.capacity": 1.5}, ("moe.capacity", "1.5", "whole")),
     "TC capacity above experts": (TC | {"model.moe.capacity": 5}, ("moe.capacity", "5", "num_experts=4")),
@@ -266,7 +270,7 @@ TRAINING_CHANGES = {
     "model.moe.shared_experts": 1, "model.moe.pool_scope": "global", "model.moe.expert_ratio": 2,
     f"{ROUTER}.pool": "sample", f"{ROUTER}.pool_images": 2,
     f"{ROUTER}.predictor_loss_weight": 0.01, f"{ROUTER}.threshold_decay": 0.9, f"{ROUTER}.threshold_debias": True,
-    f"{ROUTER}.gate_normalisation": "sigmoid",
+    f"{ROUTER}.gate_normalisation": "sigmoid", f"{ROUTER}.warmup_steps": 3,
     "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
     "training.batch_size": 8, "training.num_images": 80,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,

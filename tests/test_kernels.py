@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_interpreter, network_inputs, rand, random_model
+from conftest import ROUTERS, needs_interpreter, network_inputs, rand, random_model, random_router
 
 from diffmoe.models import attention, layers
 from diffmoe.models.kernels import HAS_TRITON
@@ -277,6 +277,21 @@ def measure_model(router, kernels, monkeypatch):
         output = model(x, t, labels)
     (output.prediction.float().square().mean() + sum(output.losses().values())).backward()
     return [output.prediction, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@on_device
+def test_experts_take_the_same_tokens_in_turn_with_kernels_as_without(monkeypatch):
+    router = random_router(ROUTERS["diffmoe"] | {"warmup_steps": 1}).train().to(DEVICE)
+    x, found = rand(4, 16, 32).to(DEVICE), []
+    for kernels in (False, True):
+        for module in (routing, expert_choice):
+            monkeypatch.setattr(module, "selection_kernels_apply", lambda scores, kernels=kernels: kernels)
+        pairs = router(x)
+        assert (pairs.row_SE is not None) == kernels
+        found.append((pairs.mask(64, 4), torch.zeros(64, 4, device=DEVICE).index_put(
+            (pairs.token_N, pairs.expert_of_pair(4)), pairs.gate_N), pairs.observed))
+    assert all(torch.equal(plain, fused) for plain, fused in zip(*found, strict=True))
+    assert (found[0][0].sum(1) == 1).all()
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ CASES = {f"{system} in float64": (system, [FP64, GLOBAL]) for system in SPARSE} 
     "diffmoe, pools across processes": ("diffmoe", [FP64, GLOBAL, "training.batch_size=12",
                                                     "model.moe.router.pool_images=4"]),
     "diffmoe, pools within processes": ("diffmoe", [FP64, GLOBAL, "model.moe.router.pool_images=2"]),
+    "diffmoe, experts in turn": ("diffmoe", [FP64, GLOBAL, f"model.moe.router.warmup_steps={STEPS // 2}"]),
     "diffmoe in float64, fsdp": ("diffmoe", [FP64, GLOBAL, FSDP, "model.depth=4"]),
     "token_choice in float64, fsdp": ("token_choice", [FP64, GLOBAL, FSDP]),
     "diffmoe in float32": ("diffmoe", [GLOBAL]),

@@ -191,6 +191,29 @@ def test_the_gate_is_normalised_as_asked_in_what_it_chooses_and_weighs(gate, nor
         torch.testing.assert_close(routing.gate_N.view(E, -1)[expert], scores_SE[chosen, expert])
 
 
+@pytest.mark.parametrize(("options", "pool_images"), [(DIFFMOE, B), (DIFFMOE | {"pool_images": 2}, 2),
+                                                      (ROUTERS["ec_dynamic"], 1)])
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_experts_take_tokens_in_turn_until_they_are_warm(options, pool_images, capacity):
+    router, x = random_router(options | {"warmup_steps": 3}, capacity=capacity).train(), tokens()
+    in_turn = torch.zeros(S, E, dtype=torch.bool)
+    for image in range(B):
+        for position in range(T):
+            for choice in range(capacity):
+                in_turn[image * T + position, (image + position - choice) % E] = True
+    pool_tokens = pool_images * T
+    chosen = expected_mask(router.scores(x), pool_tokens, [[pool_tokens * capacity // E] * E] * (S // pool_tokens))
+    assert not torch.equal(in_turn, chosen)
+    for num_updates in range(5):
+        routing = router(x)
+        mask = routing.mask(S, E)
+        assert torch.equal(mask, in_turn if num_updates < 3 else chosen)
+        assert torch.equal(routing.gate_N, router.scores(x)[routing.token_N, routing.expert_of_pair(E)])
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(router.predictor(x.flatten(0, 1)), mask.float())
+        torch.testing.assert_close(routing.losses["predictor"], expected)
+        router.update(routing.observed, num_updates)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_token_choice_takes_the_top_k_experts_of_each_token_in_training_and_at_inference(top_k):
     router, x = random_router("tc", capacity=top_k), tokens()

@@ -75,6 +75,8 @@ class ExpertChoiceConfig(RouterConfig):
     """Decay of the threshold's average, a step."""
     threshold_debias: bool = False
     """Correct the average for starting at zero; false is the authors' rule."""
+    warmup_steps: int = 0
+    """First optimiser steps, in which experts take tokens in turn, whatever the scores; 0 is the paper's rule."""
     gate_normalisation: GateNormalisation = GateNormalisation.SOFTMAX
     """softmax over experts (Algorithm 1, the released code); sigmoid; identity: Eq. 5 as it is printed."""
     inference: Inference = field(default=Inference.DYNAMIC, metadata=INFERENCE)
@@ -98,6 +100,8 @@ class ExpertChoice(Router):
         if self.options.predictor:
             self.predictor = CapacityPredictor(model.hidden_size, moe.num_experts)
             self.register_buffer("threshold", torch.zeros(moe.num_experts))
+        if self.options.warmup_steps:
+            self.register_buffer("warming", torch.ones(()))  # on the device: a graph holds both rules
 
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
         """Select by the training rule in training mode or static inference, else by the predictor."""
@@ -105,7 +109,7 @@ class ExpertChoice(Router):
         if self.training:
             return self._train(x_BTD, scores_SE, row_bound)
         if self.options.inference is Inference.STATIC:
-            return self._static(scores_SE, None, self._num_pools(x_BTD))
+            return self._static(scores_SE, scores_SE, None, self._num_pools(x_BTD))
         return self._dynamic(x_BTD, scores_SE, row_bound)
 
     def update(self, observed: Tensor, num_updates: int) -> None:
@@ -115,6 +119,8 @@ class ExpertChoice(Router):
         if self.options.threshold_debias:  # the weight that makes the average of n terms sum to one
             share /= 1 - decay ** (num_updates + 1)
         self.threshold.lerp_(observed.to(self.threshold.dtype), share)
+        if self.options.warmup_steps:
+            self.warming.fill_(num_updates + 1 < self.options.warmup_steps)
 
     def scores(self, x_BTD: Tensor) -> Tensor:
         """Return the weight that each pair would get, float32 (S, E)."""
@@ -148,19 +154,35 @@ class ExpertChoice(Router):
                 f"make the batch of {num_samples} images a whole number of pools")
         return num_samples // self.options.pool_images
 
-    def _static(self, scores_SE: Tensor, logits_SE: Tensor | None, num_pools: int) -> Routing:
-        """Take the k highest scores of each expert and pool; of a predictor's logits, observe the k-th highest."""
+    def _ranks(self, x_BTD: Tensor, scores_SE: Tensor) -> Tensor:
+        """Return what experts choose by in training, (S, E): the scores, once tokens are no longer taken in turn.
+
+        In turn, position t of image b is first choice of expert (b + t) mod E, then of the one before. Images lie in
+        random order, so that an expert sees a fair share of all positions, classes and times.
+        """
+        if not self.options.warmup_steps:
+            return scores_SE
+        num_samples, num_tokens = x_BTD.shape[:2]
+        image_B1 = torch.arange(num_samples, device=x_BTD.device)[:, None] + self.world.rank * num_samples
+        token_S1 = (image_B1 + torch.arange(num_tokens, device=x_BTD.device)).view(-1, 1)
+        turn_SE = (torch.arange(self.num_experts, device=x_BTD.device) - token_S1) % -self.num_experts
+        return torch.where(self.warming > 0, turn_SE.to(scores_SE.dtype), scores_SE)
+
+    def _static(self, ranks_SE: Tensor, scores_SE: Tensor, logits_SE: Tensor | None, num_pools: int) -> Routing:
+        """Take the k highest ranks of each expert and pool; of a predictor's logits, observe the k-th highest."""
         pool_tokens = scores_SE.shape[0] // num_pools
         k = tokens_an_expert_takes(pool_tokens, self.num_experts, self.capacity, "a pool")
         if selection_kernels_apply(scores_SE):
-            seen_SE = _beside(scores_SE, logits_SE)
+            seen_SE = _beside(ranks_SE, logits_SE)
             counts = torch.full((seen_SE.shape[1], num_pools), k, dtype=torch.int32, device=scores_SE.device)
             taken, least = take_largest(seen_SE.t(), counts)
             routing = Routing.from_mask(taken[:self.num_experts].t(), scores_SE,
                                         num_rows=num_pools * k * self.num_experts, equal=True)
             observed_EP = least[self.num_experts:]
         else:
-            gate_EPk, index_EPk = rearrange(scores_SE, "(p n) e -> e p n", p=num_pools).topk(k, sorted=False)
+            ranks_EPn, scores_EPn = (rearrange(each, "(p n) e -> e p n", p=num_pools) for each in (ranks_SE, scores_SE))
+            index_EPk = ranks_EPn.topk(k, sorted=False).indices
+            gate_EPk = scores_EPn.gather(2, index_EPk)
             first_P1 = torch.arange(num_pools, device=scores_SE.device)[:, None] * pool_tokens
             routing = Routing(token_N=(index_EPk + first_P1).flatten(), gate_N=gate_EPk.flatten(),
                               tokens_per_expert=num_pools * k)
@@ -172,23 +194,24 @@ class ExpertChoice(Router):
 
     def _train(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:
         logits_SE = self.predictor(x_BTD.flatten(0, 1)) if self.options.predictor else None
+        ranks_SE = self._ranks(x_BTD, scores_SE)
         if self.pool_scope is PoolScope.GLOBAL and self.options.pool is Pool.BATCH:
-            routing = self._static_of_all(len(x_BTD), scores_SE, logits_SE, row_bound)
+            routing = self._static_of_all(len(x_BTD), ranks_SE, scores_SE, logits_SE, row_bound)
         else:
-            routing = self._static(scores_SE, logits_SE, self._num_pools(x_BTD))
+            routing = self._static(ranks_SE, scores_SE, logits_SE, self._num_pools(x_BTD))
         if logits_SE is not None:
             chosen_SE = routing.mask(*scores_SE.shape)
             bce = F.binary_cross_entropy_with_logits(logits_SE, chosen_SE.to(logits_SE.dtype))
             routing.losses["predictor"] = self.options.predictor_loss_weight * bce
         return routing
 
-    def _static_of_all(self, num_samples: int, scores_SE: Tensor, logits_SE: Tensor | None,
+    def _static_of_all(self, num_samples: int, ranks_SE: Tensor, scores_SE: Tensor, logits_SE: Tensor | None,
                        row_bound: float | None) -> Routing:
         """Take this process's pairs of the pools of all processes, with the quantile of those pools."""
         pool_images = self.options.pool_images or num_samples * self.world.size
         world = ALONE if num_samples % pool_images == 0 else self.world  # pools that end here need nobody else
         num_pools = num_samples * world.size // pool_images
-        seen_EPn = rearrange(world.gather(_beside(scores_SE, logits_SE)), "(p n) e -> e p n", p=num_pools)
+        seen_EPn = rearrange(world.gather(_beside(ranks_SE, logits_SE)), "(p n) e -> e p n", p=num_pools)
         k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")
         taken_EPn, _ = largest(seen_EPn[:self.num_experts], k)
         taken_SE = rearrange(taken_EPn, "e p n -> (p n) e")
@@ -236,6 +259,9 @@ class ExpertChoice(Router):
                 "use a number in [0, 1)")
         require(options.predictor_loss_weight >= 0, "model.moe.router.predictor_loss_weight",
                 options.predictor_loss_weight, "use 0 or more")
+        require(options.warmup_steps == 0 or (options.warmup_steps > 0 and options.predictor),
+                "model.moe.router.warmup_steps", options.warmup_steps,
+                "use 0, or with predictor: true a number above it")
         require(options.global_threshold is None or math.isfinite(options.global_threshold),
                 "model.moe.router.global_threshold", options.global_threshold,
                 "use a probability, or null for the averages")
@@ -256,9 +282,9 @@ class ExpertChoice(Router):
             tokens_an_expert_takes(images * model.num_tokens, moe.num_experts, moe.capacity, "a pool")
 
 
-def _beside(scores_SE: Tensor, logits_SE: Tensor | None) -> Tensor:
-    """Return what a selection looks at: the scores and, behind them, a predictor's logits, (S, E or 2 E)."""
-    return (scores_SE if logits_SE is None else torch.cat([scores_SE, logits_SE], 1)).detach()
+def _beside(ranks_SE: Tensor, logits_SE: Tensor | None) -> Tensor:
+    """Return what a selection looks at: the ranks and, behind them, a predictor's logits, (S, E or 2 E)."""
+    return (ranks_SE if logits_SE is None else torch.cat([ranks_SE, logits_SE], 1)).detach()
 
 
 def _least(values_EPn: Tensor, k: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from fake_records import NUM_CLASSES, NUM_EXPERTS, NUM_LAYERS, NUM_LEVELS, ROWS, fake_records
 
 from diffmoe.records import Record
-from diffmoe.report.diagnosis import branches_data, experts_data, thresholds_data
+from diffmoe.report.diagnosis import branches_data, experts, experts_data, thresholds_data
 from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data
 
@@ -55,6 +55,14 @@ def test_the_load_of_a_training_is_drawn_once_of_its_first_seed(of: str, key: st
     assert len(data) == 4 * NUM_LAYERS * NUM_EXPERTS * places
     wanted = next(record for record in records if record.row == "diffmoe").diagnosis[key]
     assert np.array_equal(data[data.label == "DiffMoE"].load, np.ravel(wanted))
+
+
+def test_rows_of_two_trainings_that_share_a_name_but_a_value_are_drawn_apart() -> None:
+    records = [replace(record, row=f"{record.row}-{value}", label=f"{record.label}, {value}",
+                       training_digest=record.training_digest + value)
+               for value in ("0.001", "0.0005") for record in fake_records(["diffmoe-static", "diffmoe"], [0])]
+    assert set(experts_data(records, "class").label) == {"DiffMoE, 0.001", "DiffMoE, 0.0005"}
+    assert experts(records, "class")
 
 
 def test_thresholds_that_differ_are_told_apart_by_their_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -43,8 +44,8 @@ def row_columns(record: Record) -> dict[str, object]:
 
 
 def shared_label(labels: Sequence[str]) -> str:
-    """Name what several rows share by what their labels do: EC (static) and EC (dynamic) are EC."""
-    stems = {label.split(" (")[0] for label in labels}
+    """Name what several rows share by what their labels do: EC (static), 4 and EC (dynamic), 4 are EC, 4."""
+    stems = {re.sub(r" \(.*?\)", "", label) for label in labels}
     return stems.pop() if len(stems) == 1 < len(set(labels)) else labels[0]
 
 

@@ -262,6 +262,8 @@ class TrainingConfig:
     """Length of the run in images seen; a whole number of batches."""
     learning_rate: float = 1e-4
     """AdamW's constant learning rate."""
+    expert_rate: float = 1.0
+    """Learning rate of the experts' weights relative to all others'; an expert sees a share of the tokens."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     adam_beta2: float = 0.999
@@ -287,7 +289,7 @@ class TrainingConfig:
     """On a GPU, let products that are left in float32 (of bf16 runs: the routers') take TF32, as the release does."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "num_images", "learning_rate", "ema_half_life_images")
+        require_positive(self, "batch_size", "num_images", "learning_rate", "expert_rate", "ema_half_life_images")
         lives = (self.ema_half_life_images, *self.extra_ema_half_lives)
         require(len(set(lives)) == len(lives) and all(math.isfinite(life) and life > 0 for life in lives),
                 "training.extra_ema_half_lives", list(self.extra_ema_half_lives),

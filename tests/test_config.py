@@ -272,7 +272,7 @@ TRAINING_CHANGES = {
     f"{ROUTER}.predictor_loss_weight": 0.01, f"{ROUTER}.threshold_decay": 0.9, f"{ROUTER}.threshold_debias": True,
     f"{ROUTER}.gate_normalisation": "sigmoid", f"{ROUTER}.warmup_steps": 3,
     "data.name": "cifar10", "data.horizontal_flip": True, "data.resize": True,
-    "training.batch_size": 8, "training.num_images": 80,
+    "training.batch_size": 8, "training.num_images": 80, "training.expert_rate": 0.5,
     "training.learning_rate": 1e-3, "training.weight_decay": 0.1, "training.warmup_images": 4,
     "training.clip_norm": 1.0, "training.ema_half_life_images": 100, "training.ema_width": 0.1,
     "training.ema_buffers": "average", "training.precision": "bf16", "training.tf32": True, "training.adam_beta2": 0.95,

@@ -42,7 +42,7 @@ CASES = {f"{system} in float64": (system, [FP64, GLOBAL]) for system in SPARSE} 
                                                     "model.moe.router.pool_images=4"]),
     "diffmoe, pools within processes": ("diffmoe", [FP64, GLOBAL, "model.moe.router.pool_images=2"]),
     "diffmoe, experts in turn": ("diffmoe", [FP64, GLOBAL, f"model.moe.router.warmup_steps={STEPS // 2}"]),
-    "diffmoe in float64, fsdp": ("diffmoe", [FP64, GLOBAL, FSDP, "model.depth=4"]),
+    "diffmoe in float64, fsdp": ("diffmoe", [FP64, GLOBAL, FSDP, "model.depth=4", "training.expert_rate=0.5"]),
     "token_choice in float64, fsdp": ("token_choice", [FP64, GLOBAL, FSDP]),
     "diffmoe in float32": ("diffmoe", [GLOBAL]),
     "diffmoe in float32, fsdp": ("diffmoe", [GLOBAL, FSDP]),

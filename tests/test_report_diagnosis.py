@@ -134,6 +134,15 @@ def test_training_losses_are_compared_with_denses_of_the_same_seed() -> None:
                                with_losses(records["diffmoe", 1], 0.8, 1.0)])
     assert column(text, "training loss") == {"Dense": "0.6", "DiffMoE (dynamic)": "0.80 ± 0.14"}
     assert column(text, "to Dense, x1000") == {"Dense": "-", "DiffMoE (dynamic)": "100"}  # of the seed that both have
+    rates = []
+    for rate, dense, sparse in ((1e-3, 0.5, 0.6), (2e-3, 0.7, 0.6)):
+        for row, loss in (("dense", dense), ("diffmoe", sparse)):
+            record = with_losses(records[row, 0], loss, loss)
+            config = record.config | {"training": record.config["training"] | {"learning_rate": rate}}
+            rates.append(replace(record, row=f"{row}-{rate}", label=f"{row}, {rate}", config=config,
+                                 config_digest=f"{row}{rate}"))
+    assert column(diagnosis_markdown(rates), "to Dense, x1000") == {
+        "dense, 0.001": "-", "dense, 0.002": "-", "diffmoe, 0.001": "100", "diffmoe, 0.002": "-100"}
 
 
 def test_a_row_of_some_of_the_seeds_of_a_shared_training_is_not_drawn_again() -> None:

@@ -24,7 +24,8 @@ def make_trainer(*overrides, on_device=False):
     config = tiny_config(*overrides)
     trainer = Trainer(config, 0, load_data(config.data, config.model), CPU)
     if on_device:
-        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+        groups = [{"params": group["params"]} for group in trainer.optimizer.param_groups]
+        trainer.optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0, fused=True)
     return trainer
 
 

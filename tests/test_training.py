@@ -90,6 +90,28 @@ def test_beta2_reaches_the_optimiser():
     assert betas == [(0.9, 0.999), (0.9, 0.5)]
 
 
+def test_experts_have_a_learning_rate_of_their_own_after_a_resume_too():
+    def moved(*change: str, steps: int) -> dict[str, torch.Tensor]:
+        trainer = make_trainer("diffmoe", "training.learning_rate=0.01", *change)
+        for step in range(steps):
+            if step == 1:
+                state, trainer = trainer.state(), make_trainer("diffmoe", "training.learning_rate=0.01", *change)
+                trainer.load_state(state, 1)
+            before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+            trainer.train_step()
+        return {name: (value - before[name]).abs() for name, value in trainer.model.named_parameters()}
+
+    # AdamW's first step is as long as the rate wherever there is a gradient
+    for name, change in moved("training.expert_rate=0.25", steps=1).items():
+        if change.any():
+            torch.testing.assert_close(change.max().item(), 0.0025 if ".experts." in name else 0.01, rtol=1e-3, atol=0)
+    plain, changed = moved(steps=2), moved("training.expert_rate=0.25", steps=2)
+    for name, change in plain.items():
+        if change.any():
+            ratio = (changed[name].norm() / change.norm()).item()
+            assert (0.1 < ratio < 0.6) if ".experts." in name else (0.5 < ratio < 2), (name, ratio)
+
+
 def test_clipping_leaves_predictors_alone():
     clipped, free = make_trainer("diffmoe", "training.clip_norm=1e-12"), make_trainer("diffmoe")
     found = clipped.train_step()["gradient_norm"], free.train_step().get("gradient_norm")

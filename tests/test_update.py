@@ -193,8 +193,7 @@ def trainers(*overrides):
         plain.one_pass = None
         return alone, plain
     alone, plain = (make_trainer(*overrides, on_device=True) for _ in range(2))
-    averages = [list(ema.model.parameters()) for ema in (alone.ema, *alone.extra_emas)]
-    alone.one_pass = OnePass(alone.optimizer, alone.clipped, 0.05, averages, alone.trained)
+    alone.one_pass = OnePass(alone.optimizer, alone.clipped, 0.05, alone.averaged, alone.trained)
     return alone, plain
 
 
@@ -207,8 +206,8 @@ def assert_near(mine, wanted, relative):
 
 
 @on_device
-@pytest.mark.parametrize("overrides", [[], ["training.ema_buffers=average", "training.extra_ema_half_lives=[100]"]],
-                         ids=str)
+@pytest.mark.parametrize("overrides", [[], ["training.ema_buffers=average", "training.extra_ema_half_lives=[100]"],
+                                       ["training.expert_rate=0.25"]], ids=str)
 def test_a_trainer_takes_the_same_steps_in_one_pass_and_its_state_is_that_of_another(overrides):
     alone, plain = trainers(*overrides)
     assert alone.one_pass is not None and plain.one_pass is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,17 +93,24 @@ def _by_block(rows: Sequence[Sequence[Record]]) -> str:
 
 def _losses(rows: Sequence[Sequence[Record]]) -> str:
     """Return the table of training losses, against Dense's too: trainings of a seed draw the same images and noise."""
-    dense = {record.seed: _last_loss(record) for same in rows for record in same if record.row == BASELINE}
+    def is_baseline(record: Record) -> bool:
+        return re.fullmatch(rf"{BASELINE}(-[\d.e-]+)?", record.row) is not None  # of any varied value
+
+    def alike(record: Record) -> tuple[int, str]:
+        return record.seed, json.dumps(record.config["training"])
+
+    dense = {alike(record): _last_loss(record) for same in rows for record in same if is_baseline(record)}
     lines = []
     for same in rows:
-        differences = [1e3 * (_last_loss(record) - dense[record.seed]) for record in same
-                       if record.seed in dense and record.row != BASELINE]
+        differences = [1e3 * (_last_loss(record) - dense[alike(record)]) for record in same
+                       if alike(record) in dense and not is_baseline(record)]
         lines.append([same[0].label, mean_sd([_last_loss(record) for record in same]),
                       mean_sd(differences) if differences else "-", str(len(same))])
     return f"""{format_table([["system", "training loss", "to Dense, x1000", "seeds"], *lines])}
 
 - training loss: the diffusion loss, mean of the last quarter of the steps.
-- to Dense: the difference to Dense's of the same seed, whose steps drew the same images, times and noise."""
+- to Dense: the difference to Dense's of the same seed and training settings, whose steps drew the same images, times
+  and noise."""
 
 
 def _last_loss(record: Record) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageOrder, TrainingData
@@ -86,19 +86,24 @@ class Trainer:
         graphed = compiled and device.type == "cuda" and world.size == 1
         trained = self.model.rounded(torch.bfloat16) if graphed and HAS_TRITON and self._rounds() else self.model
         self.network = distribute(trained, averages, config, world, device)
-        self.trained = list(trained.parameters())
+        apart = config.training.expert_rate != 1
+        groups = _groups(self.model, apart)
+        self.parameters = list(itertools.chain(*groups))
+        self.averaged = [list(itertools.chain(*_groups(average, apart))) for average in averages]
+        self.trained = list(itertools.chain(*_groups(trained, apart)))
         """What gradients are taken of: the model's parameters, or bf16 copies, which `OnePass` writes with them."""
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.training.learning_rate, weight_decay=config.training.weight_decay,
-            betas=(0.9, config.training.adam_beta2), fused=device.type == "cuda")
+            [{"params": group} for group in groups], lr=config.training.learning_rate,
+            weight_decay=config.training.weight_decay, betas=(0.9, config.training.adam_beta2),
+            fused=device.type == "cuda")
         self.gradients = Graphed(self._gradients) if graphed else self._gradients
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
-        self.clipped = [p for p in self.model.parameters() if id(p) not in predictors]
+        self.clipped = [parameter for parameter in self.parameters if id(parameter) not in predictors]
         self.one_pass: OnePass | None = None
         """Clips and moves weights and averages, where it applies; elsewhere each has operators of its own."""
-        averaged = [list(average.parameters()) for average in averages]
-        if HAS_TRITON and one_pass_applies([*self.model.parameters(), *itertools.chain(*averaged)]):
-            self.one_pass = OnePass(self.optimizer, self.clipped, config.training.clip_norm, averaged, self.trained)
+        if HAS_TRITON and one_pass_applies([*self.parameters, *itertools.chain(*self.averaged)]):
+            self.one_pass = OnePass(self.optimizer, self.clipped, config.training.clip_norm, self.averaged,
+                                    self.trained)
         assert trained is self.model or self.one_pass is not None, "nobody would move the weights of the copies"
         self.step = 0
         self.row_bound: float | None = None  # rows are as many as pairs
@@ -119,7 +124,7 @@ class Trainer:
     @torch.no_grad()
     def round_weights(self) -> None:
         """Make the copies that train anew, after somebody else has changed the model's weights."""
-        for copied, parameter in zip(self.trained, self.model.parameters(), strict=True):
+        for copied, parameter in zip(self.trained, self.parameters, strict=True):
             if copied is not parameter:
                 copied.copy_(parameter)
 
@@ -165,8 +170,8 @@ class Trainer:
         self.objective = objective.clone()  # what a graph returned is overwritten by the next step
         if training.clip_norm is not None and self.one_pass is None:
             losses = losses | {GRADIENT_NORM: whole(torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm))}
-        for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate * self._warmup_factor()
+        for group, relative in zip(self.optimizer.param_groups, (1.0, training.expert_rate), strict=False):
+            group["lr"] = training.learning_rate * relative * self._warmup_factor()
         self._update(observed, losses.get(GRADIENT_NORM))
         self.step += 1
         return {name: loss.clone() for name, loss in losses.items()}
@@ -254,7 +259,7 @@ class Trainer:
         """
         clipped = {id(parameter) for parameter in self.clipped}
         to_clip, others = [], []
-        for parameter, trained in zip(self.model.parameters(), self.trained, strict=True):
+        for parameter, trained in zip(self.parameters, self.trained, strict=True):
             if trained.grad is not None:
                 (to_clip if id(parameter) in clipped else others).append(trained.grad)
         norm = torch.linalg.vector_norm(_norms(to_clip, 2))
@@ -300,11 +305,10 @@ class Trainer:
                 now = model.state_dict()
                 model.load_state_dict({name: shared_out(value, now[name]) for name, value in parts[key].items()})
             self.idle_LE.copy_(parts["idle"]["experts"])
-            parameters = list(self.model.parameters())
             moments: dict[int, dict[str, Tensor]] = {}
             for name, value in parts["optimizer"].items():
                 index, _, moment = name.partition(".")
-                shared = value if moment == "step" else shared_out(value, parameters[int(index)])
+                shared = value if moment == "step" else shared_out(value, self.parameters[int(index)])
                 moments.setdefault(int(index), {})[moment] = shared
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
             self.round_weights()
@@ -316,6 +320,15 @@ class Trainer:
         warmup = self.config.training.warmup_images
         seen = (self.step + 1) * self.config.training.batch_size
         return 1.0 if warmup == 0 else min(1.0, seen / warmup)
+
+
+def _groups(model: DiT, experts_apart: bool) -> list[list[nn.Parameter]]:
+    """Return the parameters in the optimiser's order, in one group or with those of experts in another behind it."""
+    experts = {id(parameter) for layer in model.moe_layers().values() for parameter in layer.experts.parameters()}
+    if not (experts_apart and experts):
+        return [list(model.parameters())]
+    return [[parameter for parameter in model.parameters() if (id(parameter) in experts) == apart]
+            for apart in (False, True)]
 
 
 def micro_batch_size(config: RunConfig, world: World) -> int:

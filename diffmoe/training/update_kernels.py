@@ -31,8 +31,9 @@ TENSORS = 128
 VECTOR_BYTES = tl.constexpr(16)
 """What a thread loads at once where the addresses of a tensor and of all that goes with it are multiples of it."""
 
-CLIPPED, ALIGNED, SIZE, STEP, WEIGHT, COPY, GRADIENT, MOMENT, SQUARE, AVERAGE = map(tl.constexpr, range(10))
-"""Rows of the table: 1 or 0 twice, elements, then addresses, those of the n averages last. 0: the tensor has none."""
+CLIPPED, GROUP, ALIGNED, SIZE, STEP, WEIGHT, COPY, GRADIENT, MOMENT, SQUARE, AVERAGE = map(tl.constexpr, range(11))
+"""Rows of the table: 1 or 0, the group's number, 1 or 0, elements, then addresses, those of the n averages last.
+Address 0: the tensor has none."""
 FACTOR, KEPT, RATE, CORRECTION = map(tl.constexpr, range(4))
 """Rows of the numbers (4, N): c, 1 - rate * decay, rate / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
 
@@ -47,7 +48,8 @@ class OnePass:
     """Makes the steps of an AdamW and of averages of its parameters.
 
     Args:
-        optimizer: holds rates, decay and state, which stay what its own steps would make them; one group.
+        optimizer: holds rates, decay and state, which stay what its own steps would make them; groups differ in the
+            rate alone.
         clipped: the parameters whose gradients are clipped.
         clip_norm: to this; None is no clipping.
         averages: the parameters of each averaged network, in the optimizer's order.
@@ -57,7 +59,9 @@ class OnePass:
     def __init__(self, optimizer: torch.optim.AdamW, clipped: Sequence[Tensor], clip_norm: float | None,
                  averages: Sequence[Sequence[Tensor]], trained: Sequence[Tensor]) -> None:
         self.optimizer = optimizer
-        self.parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+        groups = [group["params"] for group in optimizer.param_groups]
+        self.parameters: list[Tensor] = [parameter for group in groups for parameter in group]
+        self.groups = [index for index, group in enumerate(groups) for _ in group]
         self.clip_norm = float(clip_norm or 0)
         self.averages = averages
         self.trained = trained
@@ -87,14 +91,15 @@ class OnePass:
         """
         assert len(shares) == len(self.averages)
         self._find_addresses()
-        group, = self.optimizer.param_groups  # another one after loading a state
-        rates = self._send([group["lr"], *shares], torch.float64)
+        groups = self.optimizer.param_groups  # others after loading a state
+        rates = self._send([*shares, *(group["lr"] for group in groups)], torch.float64)
+        group = groups[0]
         beta1, beta2 = group["betas"]
         num_tensors = len(self.parameters)
         with torch.cuda.device_of(self.numbers):
             _prepare[(triton.cdiv(num_tensors, TENSORS),)](
                 self.table, rates, self.numbers if norm is None else norm, broken, self.numbers, self.clip_norm,
-                num_tensors, beta1, beta2, group["weight_decay"], TENSORS)
+                num_tensors, beta1, beta2, group["weight_decay"], len(self.averages), TENSORS)
             _move[(len(self.blocks),)](
                 self.table, self.blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
                 len(self.averages), BLOCK, num_warps=NUM_WARPS)
@@ -116,7 +121,7 @@ class OnePass:
             assert all(copied is None or copied.dtype is torch.bfloat16 for copied in self.copies)
             aligned = [int(all(address % VECTOR_BYTES.value == 0 for address in each))
                        for each in zip(*addresses[1:], strict=True)]
-            table = [self.is_clipped, aligned, self.sizes, *addresses]
+            table = [self.is_clipped, self.groups, aligned, self.sizes, *addresses]
             self.addresses, self.table = addresses, self._send(table, torch.int64)
 
     def _send(self, values: list, dtype: torch.dtype) -> Tensor:
@@ -139,7 +144,7 @@ def _power(BASE: tl.constexpr, exponent):
 
 @triton.jit
 def _prepare(table, rates, norm, broken, numbers, clip, N: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-             DECAY: tl.constexpr, TENSORS: tl.constexpr):
+             DECAY: tl.constexpr, AVERAGES: tl.constexpr, TENSORS: tl.constexpr):
     """Count the step of each tensor that has a gradient, and make the numbers of all its elements."""
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     mine = tensor < N
@@ -147,7 +152,7 @@ def _prepare(table, rates, norm, broken, numbers, clip, N: tl.constexpr, BETA1: 
     place = tl.load(table + STEP * N + tensor, mask=mine, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(place, mask=moves, other=0) + 1
     tl.store(place, step, mask=moves & (tl.load(broken) == 0))
-    rate = tl.load(rates)
+    rate = tl.load(rates + AVERAGES + tl.load(table + GROUP * N + tensor, mask=mine, other=0))
     clipped = tl.load(table + CLIPPED * N + tensor, mask=mine, other=0) != 0
     factor = tl.where(clipped, tl.minimum(clip / (tl.load(norm) + 1e-6), 1.0), 1.0)
     exponent = step.to(tl.int32)
@@ -213,7 +218,7 @@ def _move_block(table, numbers, rates, start, size, WHOLE: tl.constexpr, COPIED:
     for index in tl.static_range(AVERAGES):
         average = _elements(table, AVERAGE + index, N, ALIGNMENT) + place
         e = tl.load(average, mask=mask)
-        e += tl.load(rates + 1 + index).to(tl.float32) * (w - e)
+        e += tl.load(rates + index).to(tl.float32) * (w - e)
         tl.store(average, e, mask=mask)
 
 

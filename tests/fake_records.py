@@ -146,7 +146,8 @@ def _diagnosis(router: dict[str, Any] | None, capacity: float, generator: np.ran
     has_threshold = router is not None and router["kind"] != TC
     parts |= {"predictor": 0.3} if has_threshold and router["kind"] == EC else {}
     size = np.where(is_moe, 0.3, 1.0)[:, None] * (1 + 0.1 * levels) * np.exp(0.1 * generator.normal(size=(DEPTH, 1)))
-    found = {"images": 128, "noise_levels": levels.round(4).tolist(),
+    loss = 0.3 - 0.2 * levels - (0.01 * capacity * levels if router else 0) + 0.002 * generator.normal(size=NUM_LEVELS)
+    found = {"images": 128, "batch": 1000, "noise_levels": levels.round(4).tolist(), "loss": loss.round(6).tolist(),
              "blocks": {"is_moe": is_moe, "rms": size.round(4).tolist(), "share": (size / 5).round(4).tolist()},
              "gradients": parts, "weights": {part: 20 * norm for part, norm in parts.items()}}
     if router is None:

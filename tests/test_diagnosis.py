@@ -107,6 +107,8 @@ def test_gates_loads_and_passes_are_those_of_nested_loops_over_the_pairs(router,
             levels = [(image + turn) % NUM_LEVELS if training else turn for image in range(BATCH)]
             add_up(sums, copy.deepcopy(model).train(training), build_process(config.diffusion), batch, levels)
     found = diagnose(model, config, 0, digits())
+    assert found["batch"] == config.training.num_images // BATCH
+    assert_close(found["loss"], [sums["loss", False, level] / BATCH for level in range(NUM_LEVELS)])
     tokens = BATCH * TOKENS
     for layer in range(2):
         for level in range(NUM_LEVELS):
@@ -143,6 +145,9 @@ def add_up(sums: dict[tuple, float], model: DiT, process: Any, batch: Batch, lev
     for layer in model.moe_layers().values():
         layer.router.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     output = model(process.add_noise(batch.images, batch.noise, t), t, batch.labels)
+    target = batch.noise if t.dtype is torch.int64 else batch.images - batch.noise
+    for level, prediction, wanted in zip(levels, output.prediction, target, strict=True):
+        sums["loss", model.training, level] += (prediction[:3] - wanted).square().mean().item()
     for index, (routing, layer) in enumerate(zip(output.routings, model.moe_layers().values(), strict=True)):
         mask = routing.mask(len(levels) * TOKENS, EXPERTS)
         scores, passes = layer.router.scores(inputs[index]), layer.router.passes(inputs[index])

@@ -333,7 +333,8 @@ def test_records_from_before_these_fields_still_make_a_report(tmp_path: Path) ->
         path.write_text(json.dumps(content))
     assert report.main([str(tmp_path)]) == 0
     assert report.check_report(tmp_path) == []
-    new = {"samples", "computation", "branches", "experts_by_noise_level", "experts_by_class", "thresholds"}
+    new = {"samples", "computation", "branches", "experts_by_noise_level", "experts_by_class", "thresholds",
+           "loss_by_noise_level"}
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == set(FIGURES) - new
     assert not (tmp_path / "diagnosis.md").exists()
     assert "sweeps" not in (tmp_path / "cost.md").read_text().split("All 2 records")[1]

@@ -10,11 +10,17 @@ import pytest
 from fake_records import NUM_CLASSES, NUM_EXPERTS, NUM_LAYERS, NUM_LEVELS, ROWS, fake_records
 
 from diffmoe.records import Record
-from diffmoe.report.diagnosis import branches_data, experts, experts_data, thresholds_data
+from diffmoe.report.diagnosis import (
+    branches_data,
+    experts,
+    experts_data,
+    loss_by_noise_level_data,
+    thresholds_data,
+)
 from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data
 
-PICTURES = {"branches", "experts_by_noise_level", "experts_by_class", "thresholds"}
+PICTURES = {"branches", "experts_by_noise_level", "experts_by_class", "thresholds", "loss_by_noise_level"}
 
 
 def changed(records: list[Record], **values: Any) -> list[Record]:
@@ -105,7 +111,7 @@ def test_rows_without_a_diagnosis_are_left_out_of_all_of_it() -> None:
     records = with_it + [replace(record, diagnosis={}) for record in without]
     assert "DiffMoE" not in diagnosis_markdown(records)
     texts = figures_csv(records, {name: FIGURES[name] for name in PICTURES})
-    assert texts.keys() == PICTURES - {"thresholds"} and not any("diffmoe" in text for text in texts.values())
+    assert texts.keys() == PICTURES - {"thresholds", "loss_by_noise_level"} and not any("diffmoe" in text for text in texts.values())
     for name in texts:
         FIGURES[name][1](records)
     assert figures_csv([replace(record, diagnosis={}) for record in records],
@@ -143,6 +149,29 @@ def test_training_losses_are_compared_with_denses_of_the_same_seed() -> None:
                                  config_digest=f"{row}{rate}"))
     assert column(diagnosis_markdown(rates), "to Dense, x1000") == {
         "dense, 0.001": "-", "dense, 0.002": "-", "diffmoe, 0.001": "100", "diffmoe, 0.002": "-100"}
+
+
+def test_averaged_losses_are_compared_with_denses_on_the_same_batch() -> None:
+    records = [record for record in fake_records(["dense", "diffmoe-static", "diffmoe", "tc"], [0, 1])
+               if (record.row, record.seed) != ("tc", 0)]
+    records = [replace(record, diagnosis=record.diagnosis | {"batch": 1032}) if record.row == "tc" else record
+               for record in records]
+    losses = {(record.row, record.seed): np.asarray(record.diagnosis["loss"]) for record in records}
+    data = loss_by_noise_level_data(records)
+    assert set(data.row) == {"diffmoe"} or set(data.row) == {"diffmoe-static", "diffmoe"}
+    for (row, seed), part in data.groupby(["row", "seed"]):
+        assert np.allclose(part.loss, losses[row, seed])
+        assert np.allclose(part.to_dense, 100 * (losses[row, seed] / losses["dense", seed] - 1))
+    text = diagnosis_markdown(records)
+    averaged = column(text, "averaged loss")
+    difference = [1e3 * (losses["diffmoe", seed] - losses["dense", seed]).mean() for seed in (0, 1)]
+    assert float(averaged["TC"]) == pytest.approx(losses["tc", 1].mean(), rel=1e-3)
+    table = next(table for table in text.split("\n\n") if "averaged loss" in table)
+    assert column(table, "to Dense, x1000")["DiffMoE (dynamic)"].startswith(f"{np.mean(difference):.2f}"[:4])
+    assert column(table, "to Dense, x1000")["TC"] == "-"  # of another batch
+    old = [replace(record, diagnosis={key: value for key, value in record.diagnosis.items() if key != "loss"})
+           for record in records]
+    assert "averaged loss" not in diagnosis_markdown(old) and loss_by_noise_level_data(old).empty
 
 
 def test_a_row_of_some_of_the_seeds_of_a_shared_training_is_not_drawn_again() -> None:

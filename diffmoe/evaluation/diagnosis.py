@@ -2,11 +2,11 @@
 
 Measured on one training batch, of which every image meets `NUM_LEVELS` noise levels, twice:
 
-    inference rule   a call has one noise level, as in sampling: gates, branches, capacity
+    inference rule   a call has one noise level, as in sampling: loss, gates, branches, capacity
     training rule    a call has all levels mixed, as in training: load, and what the threshold gets of it.
                      In pools of one level a fixed count would be the same at each, whatever the experts prefer.
 
-Numbers have four significant digits; None is a mean over nothing.
+Numbers have four significant digits, losses six; None is a mean over nothing.
 Shapes: K noise levels, L mixture-of-experts layers, E experts, N images times K; the others as in moe/routing.py.
 """
 
@@ -24,7 +24,7 @@ from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.data import TrainingData
 from diffmoe.evaluation.calibration import calibration_batches, trainer_of
 from diffmoe.evaluation.sampling import prepare_call
-from diffmoe.models.dit import DiT
+from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Router, Routing
 from diffmoe.training.precision import tf32
 from diffmoe.training.trainer import Batch, Trainer
@@ -33,10 +33,10 @@ NUM_LEVELS = 10
 MOST_CLASSES = 20
 """With more classes a batch has too few images of each to say who works on them."""
 Seen = dict[str, Tensor]
-"""Of each image and level, float64 (N, ...) by name: `level`, `label`; `squares` (N, depth, 3), summed over an image,
-of the stream, of what a block adds to it, and of its feed-forward layer's output; for mixtures `pairs` (N, L, E),
-`weight` (N, L), the sum of the pairs' weights, and with a threshold `passed` and `hits` (N, L), the pairs that pass it,
-and those of them that are taken."""
+"""Of each image and level, float64 (N, ...) by name: `level`, `label`, `loss`; `squares` (N, depth, 3), summed over an
+image, of the stream, of what a block adds to it, and of its feed-forward layer's output; for mixtures `pairs`
+(N, L, E), `weight` (N, L), the sum of the pairs' weights, and with a threshold `passed` and `hits` (N, L), the pairs
+that pass it, and those of them that are taken."""
 
 
 def diagnose(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def diagnose(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> di
         data: what it was trained on.
 
     Returns:
-        `images`, and `noise_levels` [K] as shares of the process's time, falling from pure noise (1);
+        `images`, `batch`, the number of the step whose they would be, and `noise_levels` [K] as shares of the process's
+            time, falling from pure noise (1); `loss` [K], the squared error of the network's output;
         `blocks`: `is_moe` [depth], `rms` [depth][K] of the feed-forward layer's output, and `share` [depth][K], the RMS
             of what the block adds of it (behind adaLN's gate) over that of the stream that it is added to;
         `gradients` and `weights`: norms by part, the gradient that of the batch's training loss;
@@ -62,11 +63,14 @@ def diagnose(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> di
     device = model.positions.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # building a network draws
         trainer = trainer_of(model, config, seed, data)
-        batch = trainer.batch(config.training.num_steps + calibration_batches(config))
+        number = config.training.num_steps + calibration_batches(config)
+        batch = trainer.batch(number)
         inference, training = (_observe(trainer, batch, training=training) for training in (False, True))
         norms = _norms(trainer, batch)
     levels = 1 - (torch.arange(NUM_LEVELS, dtype=torch.float64) + 0.5) / NUM_LEVELS
-    found = {"images": len(batch.images), "noise_levels": _short(levels), "blocks": _blocks(model, inference)} | norms
+    loss = _by_level(inference, "loss") / len(batch.images)
+    found = {"images": len(batch.images), "batch": number, "noise_levels": _short(levels), "loss": _short(loss, 6),
+             "blocks": _blocks(model, inference)} | norms
     if config.model.moe is None:
         return found
     routers = [layer.router for layer in model.moe_layers().values()]
@@ -82,18 +86,23 @@ def _observe(trainer: Trainer, batch: Batch, *, training: bool) -> Seen:
     image = torch.arange(len(batch.images), device=trainer.device)
     num_parts = -(-len(image) // (trainer.micro_batch if training else config.sampling.batch_size))
     seen: list[Seen] = []
+    outputs: list[ModelOutput] = []
     with _watched(model) as (squares, passes):
         for turn in range(NUM_LEVELS):
             level = (image + turn) % NUM_LEVELS if training else torch.full_like(image, turn)
             for rows in image.chunk(num_parts):
                 part, t = batch.rows(rows), times[level[rows]]
-                output = call(process.add_noise(part.images, part.noise, t), t, part.labels)
-                found = {"level": level[rows], "label": part.labels, "squares": torch.stack(squares, 1)}
-                if output.routings:
-                    found |= _of_pairs(output.routings, passes, len(rows), config.model)
+                def predict(x: Tensor, t: Tensor, labels: Tensor = part.labels) -> Tensor:
+                    outputs.append(call(x, t, labels))
+                    return outputs[-1].prediction.to(x.dtype)
+
+                loss = process.loss(predict, part.images, part.noise, t)["mse"]
+                found = {"level": level[rows], "label": part.labels, "loss": loss, "squares": torch.stack(squares, 1)}
+                if outputs[-1].routings:
+                    found |= _of_pairs(outputs[-1].routings, passes, len(rows), config.model)
                 seen.append({name: value.double().cpu() for name, value in found.items()})
-                squares.clear()
-                passes.clear()
+                for each in (outputs, squares, passes):
+                    each.clear()
     return {name: torch.cat([found[name] for found in seen]) for name in seen[0]}
 
 
@@ -207,9 +216,9 @@ def _sums(values: Tensor, group_N: Tensor, size: int) -> Tensor:
     return values.new_zeros(size, *values.shape[1:]).index_add_(0, group_N.long(), values)
 
 
-def _short(values: Tensor) -> Any:
+def _short(values: Tensor, digits: int = 4) -> Any:
     """Return nested lists of numbers that are short in a file."""
     if values.dim():
-        return [_short(value) for value in values]
+        return [_short(value, digits) for value in values]
     number = values.item()
-    return float(f"{number:.4g}") if math.isfinite(number) else None
+    return float(f"{number:.{digits}g}") if math.isfinite(number) else None

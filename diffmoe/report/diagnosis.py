@@ -29,7 +29,7 @@ from diffmoe.report.style import (
     shared_label,
     trainings,
 )
-from diffmoe.report.table import group_rows
+from diffmoe.report.table import group_rows, with_dense
 
 PANELS = {"pair": "weight of a pair, MoE layers", "token": "sum of a token's weights, MoE layers",
           "moe": "share of the stream, blocks with experts (Dense: the same)",
@@ -148,6 +148,34 @@ def thresholds(records: Sequence[Record]) -> Figure:
         draw_lines(axes, data, "noise_level", name, records)
         axes.set(title=name, xlabel="noise level (1: pure noise)", ylabel="", xlim=(1, 0))
     return _finish(figure, records, "What passes the threshold, against the choice of the training rule")
+
+
+def with_dense_on_one_batch(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Return pairs of `with_dense` whose averaged networks' losses were measured on the same batch."""
+    measured = [record for record in records if "loss" in record.diagnosis]
+    return [(record, dense) for record, dense in with_dense(measured)
+            if record.diagnosis["batch"] == dense.diagnosis["batch"]]
+
+
+def loss_by_noise_level_data(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the averaged networks' diffusion loss by noise level, and by how many percent it is above Dense's."""
+    lines = []
+    for record, dense in with_dense_on_one_batch([record for rows in _distinct(records, "loss") for record in rows]):
+        lines += [row_columns(record) | {"noise_level": level, "loss": loss, "to_dense": 100 * (loss / other - 1)}
+                  for level, loss, other in zip(record.diagnosis["noise_levels"], record.diagnosis["loss"],
+                                                dense.diagnosis["loss"], strict=True)]
+    return pd.DataFrame(lines)
+
+
+def loss_by_noise_level(records: Sequence[Record]) -> Figure:
+    """Draw each row's loss against Dense's of the same seed, images and noise, by noise level."""
+    data = loss_by_noise_level_data(records)
+    set_theme()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.axhline(0, color="0.4", lw=1, zorder=0)
+    draw_lines(axes, data, "noise_level", "to_dense", records)
+    axes.set(xlabel="noise level (1: pure noise)", ylabel="loss against Dense's, % (lower is better)", xlim=(1, 0))
+    return _finish(figure, records, "Diffusion loss of the averaged networks, by their inference rule")
 
 
 def _finish(figure: Figure, records: Sequence[Record], title: str) -> Figure:

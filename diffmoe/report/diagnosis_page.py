@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffmoe.records import Record
-from diffmoe.report.diagnosis import mean
-from diffmoe.report.table import BASELINE, group_rows, mean_sd
+from diffmoe.report.diagnosis import mean, with_dense_on_one_batch
+from diffmoe.report.table import group_rows, mean_sd, with_dense
 from diffmoe.report.table1 import format_table
 
 Value = Callable[[dict[str, Any]], float]
@@ -92,23 +90,29 @@ def _by_block(rows: Sequence[Sequence[Record]]) -> str:
 
 
 def _losses(rows: Sequence[Sequence[Record]]) -> str:
-    """Return the table of training losses, against Dense's too: trainings of a seed draw the same images and noise."""
-    def is_baseline(record: Record) -> bool:
-        return re.fullmatch(rf"{BASELINE}(-[\d.e-]+)?", record.row) is not None  # of any varied value
+    """Return the tables of losses, against Dense's too: of training, and of the averaged networks if measured."""
+    records = [record for same in rows for record in same]
+    tables = [_compared(with_dense(records), rows, "training loss", _last_loss,
+                        "the diffusion loss, mean of the last quarter of the steps.")]
+    measured = [found for same in rows if (found := [record for record in same if "loss" in record.diagnosis])]
+    if measured:
+        tables.append(_compared(with_dense_on_one_batch(records), measured, "averaged loss",
+                                lambda record: mean(record.diagnosis["loss"]), "the diffusion loss of the averaged "
+                                "network by its inference rule on these images, mean over noise levels."))
+    return "\n\n".join(tables)
 
-    def alike(record: Record) -> tuple[int, str]:
-        return record.seed, json.dumps(record.config["training"])
 
-    dense = {alike(record): _last_loss(record) for same in rows for record in same if is_baseline(record)}
-    lines = []
-    for same in rows:
-        differences = [1e3 * (_last_loss(record) - dense[alike(record)]) for record in same
-                       if alike(record) in dense and not is_baseline(record)]
-        lines.append([same[0].label, mean_sd([_last_loss(record) for record in same]),
-                      mean_sd(differences) if differences else "-", str(len(same))])
-    return f"""{format_table([["system", "training loss", "to Dense, x1000", "seeds"], *lines])}
+def _compared(pairs: Sequence[tuple[Record, Record]], rows: Sequence[Sequence[Record]], name: str,
+              loss: Callable[[Record], float], sentence: str) -> str:
+    """Return the table of one loss of each row, and of its difference to Dense's on the same images and noise."""
+    differences: dict[str, list[float]] = {}
+    for record, dense in pairs:
+        differences.setdefault(record.row, []).append(1e3 * (loss(record) - loss(dense)))
+    lines = [[same[0].label, mean_sd([loss(record) for record in same]), mean_sd(differences[same[0].row])
+              if same[0].row in differences else "-", str(len(same))] for same in rows]
+    return f"""{format_table([["system", name, "to Dense, x1000", "seeds"], *lines])}
 
-- training loss: the diffusion loss, mean of the last quarter of the steps.
+- {name}: {sentence}
 - to Dense: the difference to Dense's of the same seed and training settings, whose steps drew the same images, times
   and noise."""
 

@@ -16,7 +16,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffmoe.records import Record
-from diffmoe.report.diagnosis import branches, branches_data, experts, experts_data, thresholds, thresholds_data
+from diffmoe.report.diagnosis import (
+    branches,
+    branches_data,
+    experts,
+    experts_data,
+    loss_by_noise_level,
+    loss_by_noise_level_data,
+    thresholds,
+    thresholds_data,
+)
 from diffmoe.report.distances import (
     cost_data,
     distance_against_capacity,
@@ -130,6 +139,7 @@ FIGURES: Figures = {
     "experts_by_noise_level": (partial(experts_data, of="noise_level"), partial(experts, of="noise_level")),
     "experts_by_class": (partial(experts_data, of="class"), partial(experts, of="class")),
     "thresholds": (thresholds_data, thresholds),
+    "loss_by_noise_level": (loss_by_noise_level_data, loss_by_noise_level),
 }
 
 

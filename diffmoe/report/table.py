@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -51,6 +52,24 @@ def group_rows(records: Sequence[Record]) -> dict[str, list[Record]]:
             raise ConfigError(f"row {record.row}: seed {record.seed} is there twice, in {same[-1].id} and {record.id}")
         same.append(record)
     return rows
+
+
+def with_dense(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Return each record with Dense's of the same seed and training settings, whose steps drew the same images.
+
+    A varied value is one of the settings. Dense's own are left out, and records without such a partner.
+    """
+    dense = {_draws(record): record for record in records if _is_baseline(record)}
+    return [(record, dense[_draws(record)]) for record in records
+            if _draws(record) in dense and not _is_baseline(record)]
+
+
+def _is_baseline(record: Record) -> bool:
+    return re.fullmatch(rf"{BASELINE}(-[\d.e-]+)?", record.row) is not None
+
+
+def _draws(record: Record) -> tuple[int, str]:
+    return record.seed, json.dumps(record.config["training"])
 
 
 def require_one_protocol(records: Sequence[Record]) -> None:

@@ -233,7 +233,7 @@ def test_a_record_says_what_its_network_does_inside_and_an_older_one_has_no_word
     static, dynamic, dense = (records[key].diagnosis for key in ("ec-static", "ec-dynamic", "dense"))
     assert static["load_by_level"] == dynamic["load_by_level"] and static["passes"] == dynamic["passes"]  # one training
     assert static["capacity"] != dynamic["capacity"]
-    assert dense.keys() == {"images", "noise_levels", "blocks", "gradients", "weights"}
+    assert dense.keys() == {"images", "batch", "noise_levels", "loss", "blocks", "gradients", "weights"}
     path = next(store.records.glob("dense-*.json"))
     content = json.loads(path.read_text())
     del content["diagnosis"]

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN, MODEL_FILES, model_config, one_line, random_model
+from conftest import GOLDEN, MODEL_FILES, ROUTERS, model_config, one_line, random_model
 
 from diffmoe.config import ConfigError
 from diffmoe.convert import from_reference, to_reference
@@ -95,6 +95,12 @@ def test_a_part_of_a_state_converts_by_itself():
 def test_experts_of_another_width_have_no_place_in_their_layout():
     model = random_model("diffmoe", expert_ratio=2.0)
     with pytest.raises(ConfigError, match="expert_ratio=2.0"):
+        to_reference(model.state_dict(), model.config)
+
+
+def test_a_router_that_warmed_up_has_no_place_in_their_layout():
+    model = random_model(ROUTERS["diffmoe"] | {"warmup_steps": 3})
+    with pytest.raises(ConfigError, match="warmup_steps=3"):
         to_reference(model.state_dict(), model.config)
 
 

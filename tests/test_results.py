@@ -2,6 +2,7 @@
 
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 from diffmoe.cells import load_rows
 from diffmoe.config import digest, load_config
@@ -36,6 +37,29 @@ def test_each_system_has_the_learning_rate_that_the_rule_chose():
                      if of == system and rate not in stalled}
         chosen = min(distances, key=distances.get)
         assert {row.config.training.learning_rate for row in main if row.system == system} == {chosen}, system
+
+
+def test_smaller_rates_are_worse_at_8000_steps_and_better_for_experts_losses():
+    """README.md there says so, of one seed a rate; distances of the main rate are means over seeds."""
+    small = {(record.row, record.training["steps"]): record
+             for record in read_records(RESULTS / "smaller_rates" / "records")}
+    rule = {record.row: record for record in read_records(RESULTS / "learning_rate" / "records")}
+    main = [record for record in read_records(RESULTS / "records") if record.training["steps"] == 8000]
+    for row, published in {"dense": "dense", "ec": "ec-static", "diffmoe": "diffmoe"}.items():
+        for name in ("distance", "FD-cifar64"):
+            seeds = [record.metrics[name] for record in main if record.row == published and name in record.metrics]
+            assert small[f"{row}-0.001", 8000].metrics[name] > fmean(seeds), (row, name)
+    assert small["diffmoe-0.001", 8000].metrics["distance"] > small["dense-0.001", 8000].metrics["distance"]
+
+    def excess(sparse, dense):
+        losses = [fmean(line["mse"] for step, line in record.training["losses"] if step > 1500)
+                  for record in (sparse, dense)]
+        return losses[0] / losses[1] - 1
+
+    low, half, high = (excess(*pair) for pair in (
+        (small["diffmoe-0.0005", 2000], small["dense-0.0005", 2000]),
+        (small["diffmoe-0.001", 2000], small["dense-0.001", 2000]), (rule["diffmoe-0.002"], rule["dense-0.002"])))
+    assert low < 0 < half < high
 
 
 def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():

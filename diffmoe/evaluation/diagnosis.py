@@ -24,7 +24,7 @@ from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.data import TrainingData
 from diffmoe.evaluation.calibration import calibration_batches, trainer_of
 from diffmoe.evaluation.sampling import prepare_call
-from diffmoe.models.dit import DiT, ModelOutput
+from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import Router, Routing
 from diffmoe.training.precision import tf32
 from diffmoe.training.trainer import Batch, Trainer
@@ -86,23 +86,20 @@ def _observe(trainer: Trainer, batch: Batch, *, training: bool) -> Seen:
     image = torch.arange(len(batch.images), device=trainer.device)
     num_parts = -(-len(image) // (trainer.micro_batch if training else config.sampling.batch_size))
     seen: list[Seen] = []
-    outputs: list[ModelOutput] = []
     with _watched(model) as (squares, passes):
         for turn in range(NUM_LEVELS):
             level = (image + turn) % NUM_LEVELS if training else torch.full_like(image, turn)
             for rows in image.chunk(num_parts):
                 part, t = batch.rows(rows), times[level[rows]]
-                def predict(x: Tensor, t: Tensor, labels: Tensor = part.labels) -> Tensor:
-                    outputs.append(call(x, t, labels))
-                    return outputs[-1].prediction.to(x.dtype)
-
-                loss = process.loss(predict, part.images, part.noise, t)["mse"]
+                output = call(process.add_noise(part.images, part.noise, t), t, part.labels)
+                prediction = output.prediction.to(trainer.dtype)
+                loss = process.loss(lambda x, t, known=prediction: known, part.images, part.noise, t)["mse"]
                 found = {"level": level[rows], "label": part.labels, "loss": loss, "squares": torch.stack(squares, 1)}
-                if outputs[-1].routings:
-                    found |= _of_pairs(outputs[-1].routings, passes, len(rows), config.model)
+                if output.routings:
+                    found |= _of_pairs(output.routings, passes, len(rows), config.model)
                 seen.append({name: value.double().cpu() for name, value in found.items()})
-                for each in (outputs, squares, passes):
-                    each.clear()
+                squares.clear()
+                passes.clear()
     return {name: torch.cat([found[name] for found in seen]) for name in seen[0]}
 
 

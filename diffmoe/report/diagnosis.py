@@ -171,7 +171,7 @@ def loss_by_noise_level(records: Sequence[Record]) -> Figure:
     """Draw each row's loss against Dense's of the same seed, images and noise, by noise level."""
     data = loss_by_noise_level_data(records)
     set_theme()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     axes.axhline(0, color="0.4", lw=1, zorder=0)
     draw_lines(axes, data, "noise_level", "to_dense", records)
     axes.set(xlabel="noise level (1: pure noise)", ylabel="loss against Dense's, % (lower is better)", xlim=(1, 0))

@@ -19,7 +19,7 @@ from diffmoe.report.diagnosis import (
 )
 from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES, figures_csv, losses_data
-from diffmoe.report.table import mean_sd
+from diffmoe.report.table import mean_sd, with_dense
 
 PICTURES = {"branches", "experts_by_noise_level", "experts_by_class", "thresholds", "loss_by_noise_level"}
 
@@ -151,6 +151,14 @@ def test_training_losses_are_compared_with_denses_of_the_same_seed() -> None:
                                  config_digest=f"{row}{rate}"))
     assert column(diagnosis_markdown(rates), "to Dense, x1000") == {
         "dense, 0.001": "-", "dense, 0.002": "-", "diffmoe, 0.001": "100", "diffmoe, 0.002": "-100"}
+
+
+def test_a_rate_of_the_experts_own_leaves_dense_to_compare_with() -> None:
+    dense, sparse = fake_records(["dense", "diffmoe"], [0])
+    old = replace(dense, config=dense.config | {"training": {
+        name: value for name, value in dense.config["training"].items() if name != "expert_rate"}})
+    changed = replace(sparse, config=sparse.config | {"training": sparse.config["training"] | {"expert_rate": 0.25}})
+    assert with_dense([old, changed]) == [(changed, old)]
 
 
 def test_averaged_losses_are_compared_with_denses_on_the_same_batch() -> None:

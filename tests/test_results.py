@@ -62,6 +62,20 @@ def test_smaller_rates_are_worse_at_8000_steps_and_better_for_experts_losses():
     assert low < 0 < half < high
 
 
+def test_by_32000_steps_diffmoes_training_loss_is_below_denses():
+    """README.md there says how the difference goes, of one seed on the same batches."""
+    logs = {record.row: {step: line["mse"] for step, line in record.training["losses"]}
+            for record in read_records(RESULTS / "longer" / "records")}
+
+    def excess(after, until):
+        ours, dense = (fmean(loss for step, loss in logs[row].items() if after < step <= until)
+                       for row in ("diffmoe", "dense"))
+        return ours / dense - 1
+
+    early, middle, late = excess(2000, 8000), excess(8000, 16000), excess(24000, 32000)
+    assert 0.008 < early < 0.01 and 0.003 < middle < 0.005 and -0.0035 < late < -0.002
+
+
 def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():
     def identity(record):
         return record.config_digest, record.seed, record.environment["hardware"]

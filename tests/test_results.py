@@ -64,8 +64,11 @@ def test_smaller_rates_are_worse_at_8000_steps_and_better_for_experts_losses():
 
 def test_by_32000_steps_diffmoes_training_loss_is_below_denses():
     """README.md there says how the difference goes, of one seed on the same batches."""
-    logs = {record.row: {step: line["mse"] for step, line in record.training["losses"]}
-            for record in read_records(RESULTS / "longer" / "records")}
+    records = read_records(RESULTS / "longer" / "records")
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {record.label} | {record.metrics['distance']:.2f} | {record.metrics['FD-cifar64']:.3f} |" in page
+               for record in records)
+    logs = {record.row: {step: line["mse"] for step, line in record.training["losses"]} for record in records}
 
     def excess(after, until):
         ours, dense = (fmean(loss for step, loss in logs[row].items() if after < step <= until)

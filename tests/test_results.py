@@ -1,5 +1,6 @@
 """What the published records of the scale cifar10 must say about one another, and about the rows that rest on them."""
 
+import math
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +40,13 @@ def test_each_system_has_the_learning_rate_that_the_rule_chose():
         assert {row.config.training.learning_rate for row in main if row.system == system} == {chosen}, system
 
 
+def excess(sparse, dense, after, until=math.inf):
+    """Return by what share a training's loss is above another's, means over the logged steps between."""
+    ours, theirs = (fmean(line["mse"] for step, line in record.training["losses"] if after < step <= until)
+                    for record in (sparse, dense))
+    return ours / theirs - 1
+
+
 def test_smaller_rates_are_worse_at_8000_steps_and_better_for_experts_losses():
     """README.md there says so, of one seed a rate; distances of the main rate are means over seeds."""
     small = {(record.row, record.training["steps"]): record
@@ -51,12 +59,7 @@ def test_smaller_rates_are_worse_at_8000_steps_and_better_for_experts_losses():
             assert small[f"{row}-0.001", 8000].metrics[name] > fmean(seeds), (row, name)
     assert small["diffmoe-0.001", 8000].metrics["distance"] > small["dense-0.001", 8000].metrics["distance"]
 
-    def excess(sparse, dense):
-        losses = [fmean(line["mse"] for step, line in record.training["losses"] if step > 1500)
-                  for record in (sparse, dense)]
-        return losses[0] / losses[1] - 1
-
-    low, half, high = (excess(*pair) for pair in (
+    low, half, high = (excess(*pair, after=1500) for pair in (
         (small["diffmoe-0.0005", 2000], small["dense-0.0005", 2000]),
         (small["diffmoe-0.001", 2000], small["dense-0.001", 2000]), (rule["diffmoe-0.002"], rule["dense-0.002"])))
     assert low < 0 < half < high
@@ -68,14 +71,9 @@ def test_by_32000_steps_diffmoes_training_loss_is_below_denses():
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
     assert all(f"| {record.label} | {record.metrics['distance']:.2f} | {record.metrics['FD-cifar64']:.3f} |" in page
                for record in records)
-    logs = {record.row: {step: line["mse"] for step, line in record.training["losses"]} for record in records}
-
-    def excess(after, until):
-        ours, dense = (fmean(loss for step, loss in logs[row].items() if after < step <= until)
-                       for row in ("diffmoe", "dense"))
-        return ours / dense - 1
-
-    early, middle, late = excess(2000, 8000), excess(8000, 16000), excess(24000, 32000)
+    rows = {record.row: record for record in records}
+    early, middle, late = (excess(rows["diffmoe"], rows["dense"], *steps)
+                           for steps in ((2000, 8000), (8000, 16000), (24000, 32000)))
     assert 0.008 < early < 0.01 and 0.003 < middle < 0.005 and -0.0035 < late < -0.002
 
 

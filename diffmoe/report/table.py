@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
-from diffmoe.config import ConfigError
+from diffmoe.config import ConfigError, TrainingConfig, digest, from_dict
 from diffmoe.records import Record
 from diffmoe.report.table1 import format_table
 
@@ -69,8 +69,8 @@ def _is_baseline(record: Record) -> bool:
 
 
 def _draws(record: Record) -> tuple[int, str]:
-    shared = {name: value for name, value in record.config["training"].items() if name != "expert_rate"}
-    return record.seed, json.dumps(shared)  # Dense has no experts, and old records no rate of theirs
+    training = from_dict(TrainingConfig, record.config["training"])  # what an old record lacks has its default
+    return record.seed, digest(replace(training, expert_rate=1.0))  # Dense has no experts
 
 
 def require_one_protocol(records: Sequence[Record]) -> None:

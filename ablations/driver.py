@@ -76,7 +76,7 @@ def started_ray(resources: Resources) -> Iterator[None]:
         if resources.address:
             ray.init(address=resources.address, **quiet)
         else:
-            ray.init(address="local", num_cpus=resources.jobs or cpu_count(), include_dashboard=False,
+            ray.init(address="local", num_cpus=max(resources.jobs or 1, cpu_count()), include_dashboard=False,
                      object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except Exception as error:  # a node that starts too slowly is a bare one
         where = f"no Ray cluster answers at --address {resources.address}" if resources.address else "Ray did not start"
@@ -106,6 +106,16 @@ def gpus_of_a_trial(resources: Resources, device: str) -> float:
     return wanted
 
 
+def cpus_of_a_trial(gpus: float) -> int:
+    """Return the CPUs that each trial gets: one, for a small network gains nothing from more, or its GPUs' share.
+
+    What a GPU has drawn is measured on the CPU.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [node.get("CPU", 0) * gpus / node["GPU"] for node in nodes if gpus and node.get("GPU")]
+    return max(1, int(min(shares, default=1)))
+
+
 def run_trials(names: Sequence[str], trials: Trials, work: Work, resources: Resources, sweep: str,
                callbacks: Sequence[tune.Callback]) -> list[dict[str, object]]:
     """Run trials to their end, going on with those of an earlier call that was killed.
@@ -125,7 +135,7 @@ def run_trials(names: Sequence[str], trials: Trials, work: Work, resources: Reso
     with started_ray(resources):
         gpus = gpus_of_a_trial(resources, trials[names[0]][0].row.config.runtime.device)
         trainable = tune.with_resources(tune.with_parameters(run_trial, trials=trials, work=work),
-                                        {"cpu": work.threads, "gpu": gpus})
+                                        {"cpu": cpus_of_a_trial(gpus), "gpu": gpus})
         run = tune.RunConfig(name=sweep, storage_path=str(storage), verbose=0,
                              failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                              callbacks=[JsonLoggerCallback(), *callbacks])

@@ -21,33 +21,36 @@ from diffmoe.report.style import COLOURS, set_theme
 
 ACCENT, PLAIN = COLOURS["diffmoe"], COLOURS["expert_choice"]
 DOT = "#b0b0b0"
+EFFECTS = {"effect": "{distance}, % above the default's mean\n(left is better)",
+           "loss_effect": "training loss, % above the\ndefault's of the same seed"}
+"""What is drawn seed by seed."""
 COSTS = {"capacity": "C: experts a token", "activated_params": "activated, M", "seconds": "seconds a run"}
 NOTE_WIDTH = 130
 
 
 def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figure:
-    """Draw each value's effect with its seeds, beside its capacity, activated parameters and time.
+    """Draw each value's effect on the distance and the loss with its seeds, beside its capacity, size and time.
 
     Args:
         data: one line a value and seed, as `axis_data` makes it.
         note: how the numbers were measured.
         distance: name of the distance.
     """
-    data = data.assign(effect=100 * data.effect, activated_params=data.activated_params / 1e6,
+    data = data.assign(**{name: 100 * data[name] for name in EFFECTS}, activated_params=data.activated_params / 1e6,
                        seconds=data.training_s + data.sampling_s)
     set_theme()
     labels = list(dict.fromkeys(data.label))
-    figure, panels = plt.subplots(1, 1 + len(COSTS), sharey=True, layout="constrained",
-                                  figsize=(11, 1.9 + 0.38 * len(labels)), width_ratios=(3.2, 1, 1, 1))
-    effect = panels[0]
-    sns.stripplot(data, x="effect", y="label", order=labels, color=DOT, size=5, jitter=0.12, ax=effect, zorder=2)
-    for place, label in enumerate(labels):
-        group = data[data.label == label]
-        effect.errorbar(group.effect.mean(), place, xerr=group.effect.std() if len(group) > 1 else None, marker="D",
-                        ms=6, elinewidth=1.6, color=_colour(group), zorder=3)
-    effect.axvline(0, color=ACCENT, lw=1, ls="--", zorder=1)
-    effect.set(xlabel=f"{distance}, % above the default's mean (left is better)", ylabel="")
-    for axes, (column, name) in zip(panels[1:], COSTS.items(), strict=True):
+    figure, panels = plt.subplots(1, len(EFFECTS) + len(COSTS), sharey=True, layout="constrained",
+                                  figsize=(12, 1.9 + 0.38 * len(labels)), width_ratios=(2.6, 1.6, 1, 1, 1))
+    for axes, (column, name) in zip(panels, EFFECTS.items(), strict=False):
+        sns.stripplot(data, x=column, y="label", order=labels, color=DOT, size=5, jitter=0.12, ax=axes, zorder=2)
+        for place, label in enumerate(labels):
+            group = data[data.label == label]
+            axes.errorbar(group[column].mean(), place, xerr=group[column].std() if len(group) > 1 else None, marker="D",
+                          ms=6, elinewidth=1.6, color=_colour(group), zorder=3)
+        axes.axvline(0, color=ACCENT, lw=1, ls="--", zorder=1)
+        axes.set(xlabel=name.format(distance=distance), ylabel="")
+    for axes, (column, name) in zip(panels[len(EFFECTS):], COSTS.items(), strict=True):
         means = data.groupby("label", sort=False)[column].mean()
         colours = [_colour(data[data.label == label]) for label in labels]
         axes.barh(range(len(labels)), means[labels], height=0.6, color=colours, alpha=0.55)
@@ -57,7 +60,7 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
         axes.margins(x=0.3)
         axes.grid(False, axis="y")
         axes.tick_params(axis="x", labelsize=8)
-    return _finish(figure, effect, data, labels, title, note)
+    return _finish(figure, panels[0], data, labels, title, note)
 
 
 def draw_grid(data: pd.DataFrame, title: str, note: str, distance: str) -> Figure:

@@ -28,15 +28,18 @@ from diffmoe.records import Record, read_records
 from diffmoe.report.command import report_command
 from diffmoe.report.comparison import compare
 from diffmoe.report.figures import data_digest, drawn_from
-from diffmoe.report.table import group_rows, log_distance, mean_log_distance, mean_sd, percent, protocol
+from diffmoe.report.table import group_rows, last_loss, log_distance, mean_log_distance, mean_sd, percent, protocol
 from diffmoe.report.table1 import format_table
 from diffmoe.report.verdicts import NOT_EVIDENCE
 
 ABOUT = """\
 To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds (paired t
-where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). C: experts a
-token, measured over all sampling calls. Activated: parameters that work on an average token, in millions, by the
-paper's Eq. 40. Seconds: of one run; values that share a checkpoint share its training. ★: the paper's choice."""
+where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). Loss to default:
+relative difference of the diffusion loss in training, mean of the last quarter of the steps, to that of the default
+with the same seed, whose steps drew the same images, times and noise: less luck than in a distance; =: the default's
+own training. C: experts a token, measured over all sampling calls. Activated: parameters that
+work on an average token, in millions, by the paper's Eq. 40. Seconds: of one run; values that share a checkpoint share
+its training. ★: the paper's choice."""
 
 
 class Ablations:
@@ -76,17 +79,28 @@ class Ablations:
             pairs.insert(0, (Value(name=DEFAULT, label=DEFAULT), self.default))
         return pairs
 
+    def loss_effect(self, record: Record) -> float:
+        """Return the log ratio of the training loss to the default's of the same seed; NaN where it is the same run."""
+        theirs = next((other for other in self.default if other.seed == record.seed), record)
+        if theirs.training_digest == record.training_digest:
+            return math.nan
+        return math.log(last_loss(record) / last_loss(theirs))
+
     def effect(self, records: Sequence[Record]) -> float:
         """Return the log ratio of the distances' geometric means to the default's."""
         return mean_log_distance(records) - mean_log_distance(self.default)
 
 
 def axis_data(ablations: Ablations, axis: Axis) -> pd.DataFrame:
-    """Return one line a value and seed; `effect` is the relative difference to the default's geometric mean."""
+    """Return one line a value and seed; `effect` is the relative difference to the default's geometric mean.
+
+    `loss_effect`: that of the training loss to the default's of the same seed, NaN where they share the training.
+    """
     return pd.DataFrame([
         {"value": value.name, "label": value.label + " ★" * value.paper, "default": records is ablations.default,
          "paper": value.paper, "seed": record.seed, "distance": record.metrics["distance"],
-         "effect": math.expm1(ablations.effect([record])), "capacity": record.activation["capacity"],
+         "effect": math.expm1(ablations.effect([record])), "loss_effect": math.expm1(ablations.loss_effect(record)),
+         "capacity": record.activation["capacity"],
          "activated_params": record.activation["activated_params"], "training_s": record.training["seconds"],
          "sampling_s": record.sampling["seconds"]}
         for value, records in ablations.measured(axis) for record in records])
@@ -108,8 +122,8 @@ def grid_data(ablations: Ablations, first: Axis, second: Axis) -> pd.DataFrame:
 def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
     """Return the table of an axis as text cells, header first."""
     name = ablations.default[0].evaluation["distance_name"]
-    lines = [[axis.name.replace("_", " "), "C", "activated, M", name, "to default", "95 % interval", "training, s",
-              "sampling, s", "seeds"]]
+    lines = [[axis.name.replace("_", " "), "C", "activated, M", name, "to default", "95 % interval",
+              "loss to default, %", "training, s", "sampling, s", "seeds"]]
     for value, records in ablations.measured(axis):
         label = value.label + " ★" * value.paper
         default = records is ablations.default
@@ -119,9 +133,15 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
             mean_sd([record.metrics["distance"] for record in records]),
             "(default)" if default else percent(ablations.effect(records)),
             "-" if default else _interval(records, ablations.default),
+            _losses([ablations.loss_effect(record) for record in records]),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
     return lines
+
+
+def _losses(effects: Sequence[float]) -> str:
+    percents = [100 * math.expm1(effect) for effect in effects if not math.isnan(effect)]
+    return mean_sd(percents) if percents else "="
 
 
 def _interval(records: Sequence[Record], default: Sequence[Record]) -> str:

@@ -41,9 +41,6 @@ from diffmoe.training.checkpoint import locked
 from diffmoe.training.run import Interrupted
 from diffmoe.workers import cpu_count
 
-THREADS = 1
-"""CPU threads of a trial: a small network gains nothing from more."""
-
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
@@ -75,7 +72,7 @@ def main(arguments: list[str]) -> int:
         print(describe_cost(missing, _known_records(store, options.scale), store, data, options.jobs or cpu_count()))
         return 0
     check_cells([cell for cells in missing.values() for cell in cells], data)
-    work = Work(scale=options.scale, store=store, folder=Path.cwd(), threads=THREADS, explore=options.explore,
+    work = Work(scale=options.scale, store=store, folder=Path.cwd(), explore=options.explore,
                 deadline=time.time() + 60 * options.time_budget)
     if options.explore:
         return _explore(trials, replace(work, store=Store(store.folder / "explore")), resources)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,6 @@ class Work:
     store: Store
     folder: Path
     """Working directory, for relative paths in a configuration."""
-    threads: int
-    """CPU threads of a trial."""
     deadline: float
     """Value of `time.time()` at which to save and stop; infinity for none."""
     explore: bool
@@ -59,12 +58,13 @@ def run_trial(config: Mapping[str, Any], *, trials: Trials, work: Work) -> None:
     and Ray tries again.
     """
     os.chdir(work.folder)
-    torch.set_num_threads(work.threads)
     cells = trials[config["trial"]]
     try:
         run = cells[0].row.config
-        gpus = tune.get_context().get_trial_resources().required_resources.get("GPU", 0)
-        data, device = load_data(run.data, run.model), choose_device(run.runtime.device if gpus else "cpu")
+        share = tune.get_context().get_trial_resources().required_resources
+        torch.set_num_threads(int(share["CPU"]))
+        device = choose_device(run.runtime.device if share.get("GPU") else "cpu")
+        data = load_data(run.data, run.model)
         if work.explore:
             _explore(cells[0], data, device, work)
         else:
@@ -76,12 +76,20 @@ def run_trial(config: Mapping[str, Any], *, trials: Trials, work: Work) -> None:
 
 
 def _record(cells: Sequence[Cell], data: ImageData, device: torch.device, work: Work) -> None:
-    for cell in cells:
-        if time.time() > work.deadline:
-            raise Interrupted(None)
-        if not work.store.has(cell, data):
+    missing = [cell for cell in cells if not work.store.has(cell, data)]
+    with ExitStack() as held:
+        # One turn for all rows: given up after each, it comes back after other trials' whole trainings.
+        take_turn = cache(lambda: held.enter_context(gpu_turn(work.store.folder, device)))
+
+        def turn(cell: Cell) -> AbstractContextManager[Any]:
+            take_turn()
+            return held.pop_all() if cell is missing[-1] else nullcontext()  # the last one measures without it
+
+        for cell in missing:
+            if time.time() > work.deadline:
+                raise Interrupted(None)
             run_cell(cell, work.scale, data, work.store, device, deadline=_local(work.deadline),
-                     turn=partial(gpu_turn, work.store.folder, device))
+                     turn=partial(turn, cell))
 
 
 def _explore(cell: Cell, data: ImageData, device: torch.device, work: Work) -> None:

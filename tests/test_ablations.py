@@ -17,7 +17,7 @@ import yaml
 from conftest import one_line
 from fake_records import fake_record
 
-from ablations import report, sweep, trials
+from ablations import driver, report, sweep, trials
 from ablations.axes import AXES, Design, choose_axes, load_axes
 from ablations.estimate import describe_cost, trial_minutes
 from ablations.trials import make_trials
@@ -41,24 +41,43 @@ def design():
     return make_design()
 
 
-def test_trials_that_share_a_gpu_take_turns(design, tmp_path, monkeypatch):
+def test_trials_that_share_a_gpu_take_turns_of_all_their_rows(design, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
-    store, held = Store(tmp_path), []
+    store, seen = Store(tmp_path), []
 
-    def run_cell(*arguments, turn, **options):
-        with turn(), (tmp_path / "gpu-u.lock").open() as lock, pytest.raises(BlockingIOError):
-            held.append(True)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def is_held():
+        with (tmp_path / "gpu-u.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def run_cell(cell, *arguments, turn, **options):
+        with turn():
+            seen.append((cell.row.key, "draws", is_held()))
+        seen.append((cell.row.key, "measures", is_held()))
 
     monkeypatch.setattr(trials, "run_cell", run_cell)
     monkeypatch.setattr(trials, "choose_device", torch.device)
     monkeypatch.setattr(trials.tune, "get_context", lambda: SimpleNamespace(
-        get_trial_resources=lambda: SimpleNamespace(required_resources={"GPU": 0.5})))
-    cell = Cell(make_design("digits", "runtime.device=cuda").default, 0)
-    work = trials.Work(scale="digits", store=store, folder=Path.cwd(), threads=torch.get_num_threads(),
-                       deadline=math.inf, explore=False)
-    trials.run_trial({"trial": "default-s0"}, trials={"default-s0": [cell]}, work=work)
-    assert held
+        get_trial_resources=lambda: SimpleNamespace(required_resources={"GPU": 0.5, "CPU": torch.get_num_threads()})))
+    design = make_design("digits", "runtime.device=cuda")
+    cells = [Cell(row, 0) for _, row in design.axis_rows(design.axes["threshold"])[:3]]
+    work = trials.Work(scale="digits", store=store, folder=Path.cwd(), deadline=math.inf, explore=False)
+    trials.run_trial({"trial": "default-s0"}, trials={"default-s0": cells}, work=work)
+    first, second, last = (cell.row.key for cell in cells)
+    assert seen == [(first, "draws", True), (first, "measures", True), (second, "draws", True),
+                    (second, "measures", True), (last, "draws", True), (last, "measures", False)]
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "cpus"), [
+    (0, [{"CPU": 8}], 1), (0.5, [{"CPU": 16, "GPU": 1}], 8), (0.25, [{"CPU": 32, "GPU": 2}, {"CPU": 64}], 4),
+    (0.5, [{"CPU": 16, "GPU": 1}, {"CPU": 8, "GPU": 1}], 4), (0.25, [{"CPU": 2, "GPU": 1}], 1),
+    (2, [{"CPU": 32, "GPU": 8}], 8)])
+def test_a_trial_gets_the_cpus_that_go_with_its_share_of_a_gpu(gpus, nodes, cpus, monkeypatch):
+    monkeypatch.setattr(driver.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    assert driver.cpus_of_a_trial(gpus) == cpus
 
 
 # ---------------------------------------------------------------- axes and rows

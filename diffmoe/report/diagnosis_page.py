@@ -10,7 +10,7 @@ import numpy as np
 
 from diffmoe.records import Record
 from diffmoe.report.diagnosis import mean, with_dense_on_one_batch
-from diffmoe.report.table import group_rows, mean_sd, with_dense
+from diffmoe.report.table import group_rows, last_loss, mean_sd, with_dense
 from diffmoe.report.table1 import format_table
 
 Value = Callable[[dict[str, Any]], float]
@@ -92,7 +92,7 @@ def _by_block(rows: Sequence[Sequence[Record]]) -> str:
 def _losses(rows: Sequence[Sequence[Record]]) -> str:
     """Return the tables of losses, against Dense's too: of training, and of the averaged networks if measured."""
     records = [record for same in rows for record in same]
-    tables = [_compared(with_dense(records), rows, "training loss", _last_loss,
+    tables = [_compared(with_dense(records), rows, "training loss", last_loss,
                         "the diffusion loss, mean of the last quarter of the steps.")]
     measured = [found for same in rows if (found := [record for record in same if "loss" in record.diagnosis])]
     if measured:
@@ -115,10 +115,6 @@ def _compared(pairs: Sequence[tuple[Record, Record]], rows: Sequence[Sequence[Re
 - {name}: {sentence}
 - to Dense: the difference to Dense's of the same seed and training settings, whose steps drew the same images, times
   and noise."""
-
-
-def _last_loss(record: Record) -> float:
-    return mean([losses["mse"] for step, losses in record.training["losses"] if step > 0.75 * record.training["steps"]])
 
 
 def _cell(records: Sequence[Record], value: Value) -> str:

@@ -169,6 +169,11 @@ def _beside_paper(row: str, rows: dict[str, list[Record]]) -> list[str]:
     return [percent(ours), f"{fid:.2f}" if fid else "-", percent(theirs), differs]
 
 
+def last_loss(record: Record) -> float:
+    """Return the diffusion loss of training, mean of the last quarter of the steps."""
+    return fmean(losses["mse"] for step, losses in record.training["losses"] if step > 0.75 * record.training["steps"])
+
+
 def mean_log_distance(records: Sequence[Record]) -> float:
     """Return the mean of the log distances: differences of it are relative differences of geometric means."""
     return fmean(log_distance(record.metrics["distance"], record.id) for record in records)

@@ -34,12 +34,12 @@ from diffmoe.report.verdicts import NOT_EVIDENCE
 
 ABOUT = """\
 To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds (paired t
-where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). Loss to default:
-relative difference of the diffusion loss in training, mean of the last quarter of the steps, to that of the default
-with the same seed, whose steps drew the same images, times and noise: less luck than in a distance; =: the default's
-own training. C: experts a token, measured over all sampling calls. Activated: parameters that
-work on an average token, in millions, by the paper's Eq. 40. Seconds: of one run; values that share a checkpoint share
-its training. ★: the paper's choice."""
+where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). Loss to
+default: relative difference of the diffusion loss in training, mean of the last quarter of the steps, to that of the
+default with the same seed, whose steps drew the same images, times and noise: less luck than in a distance; =: the
+default's own training. C: experts a token, measured over all sampling calls. Activated: parameters that work on an
+average token, in millions, by the paper's Eq. 40. Seconds: of one run; values that share a checkpoint share its
+training. ★: the paper's choice."""
 
 
 class Ablations:

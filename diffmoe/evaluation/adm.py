@@ -26,11 +26,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffmoe.config import ConfigError, require
 from diffmoe.evaluation.extractors import INCEPTION
-from diffmoe.evaluation.metrics import MIN_SAMPLES, RNG_SEED
+from diffmoe.evaluation.metrics import MIN_SAMPLES, RNG_SEED, precision_recall
 
 SPATIAL_CHANNELS = 7
 SCORE_PART = 5000
@@ -126,13 +125,12 @@ def measure_adm(samples: Tensor, reference: Reference, *, device: torch.device, 
     pooled, logits, spatial = extract(samples, weights_path, device, batch_size)
     real_pooled, _, real_spatial = reference_features(reference, weights_path, device, batch_size)
     kid = kid_features_to_metric(pooled, real_pooled, kid_subset_size=kid_subset_size, rng_seed=RNG_SEED, verbose=False)
-    neighbours = prc_features_to_metric(pooled, real_pooled, save_cpu_ram=True, verbose=False)
     score = isc_features_to_metric(logits, splits=max(1, len(logits) // SCORE_PART), shuffle=False)
     return {"distance": frechet(pooled, reference.pooled or real_pooled),
             "sfid": frechet(spatial, reference.spatial or real_spatial),
             "inception_score": score["inception_score_mean"],
-            "precision": neighbours["precision"], "recall": neighbours["recall"],
-            "kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"]}
+            "kid": kid["kernel_inception_distance_mean"], "kid_std": kid["kernel_inception_distance_std"]
+            } | precision_recall(pooled, real_pooled)
 
 
 def frechet(features: Tensor, reference: Tensor | Statistics) -> float:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import ROUTERS, rand, random_model, randomise
+from conftest import ROUTERS, one_line, rand, random_model, randomise
 from test_training import SYSTEMS, digits_config
+from torch.torch_version import TorchVersion
 
+from diffmoe.config import ConfigError
 from diffmoe.data import load_data
 from diffmoe.training.graph import compile_blocks
 from diffmoe.training.trainer import Trainer
@@ -48,14 +50,23 @@ def test_a_router_compiled_under_autocast_keeps_float32_backward(router):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="refused")
 def test_compiled_gradients_are_those_of_plain_calls():
     assert_compiled_as_plain("diffmoe", "cpu", "model.depth=1", "model.moe.interleave=false")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_compiled_gradients_on_a_gpu_are_those_of_plain_calls(system):
-    assert_compiled_as_plain(system, "cuda", "model.depth=4", "training.precision=bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_compiled_gradients_on_a_gpu_are_those_of_plain_calls(system, precision):
+    assert_compiled_as_plain(system, "cuda", "model.depth=4", f"training.precision={precision}")
+
+
+def test_a_compiler_that_gets_gradients_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0+cpu"))
+    with pytest.raises(ConfigError) as caught:
+        losses_and_gradients("diffmoe", "cpu", True)
+    assert "torch 2.13.0" in one_line(caught.value)
 
 
 def test_compiling_blocks_never_lowers_what_a_program_allowed_to_compile():

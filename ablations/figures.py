@@ -21,8 +21,8 @@ from diffmoe.report.style import COLOURS, set_theme
 
 ACCENT, PLAIN = COLOURS["diffmoe"], COLOURS["expert_choice"]
 DOT = "#b0b0b0"
-EFFECTS = {"effect": "{distance}, % above the default's mean\n(left is better)",
-           "loss_effect": "training loss, % above the\ndefault's of the same seed"}
+EFFECTS = {"effect": "{distance}, % above\nthe default's mean (left is better)",
+           "loss_effect": "training loss, % above\nthe default's of the same seed"}
 """What is drawn seed by seed."""
 COSTS = {"capacity": "C: experts a token", "activated_params": "activated, M", "seconds": "seconds a run"}
 NOTE_WIDTH = 130

@@ -204,13 +204,15 @@ def test_the_dry_run_lists_the_trials_and_starts_nothing(capsys, tmp_path):
 
 
 def made_records(design, rows, seeds=(0, 1, 2)):
-    """Records of rows, each 10 % worse than the one before, with a seed's luck of 1 %; capacity by row."""
+    """Records of rows, each 10 % worse than the one before, with a seed's luck of 1 %; loss and capacity by row."""
     for (index, row), seed in itertools.product(enumerate(rows), seeds):
         fake = fake_record("diffmoe", seed)
         yield replace(
             fake, id=f"{row.key}-{digest(row.config)}-s{seed}-fakedata", row=row.key, label=row.label,
             system=row.system, config=to_dict(row.config), config_digest=digest(row.config), threshold_sweep=[],
             training_digest=digest(row.config, scope="training"),
+            training=fake.training | {"losses": [(step, {"mse": losses["mse"] * (1 + index / 100)})
+                                                 for step, losses in fake.training["losses"]]},
             metrics=fake.metrics | {"distance": 1.1**index * 1.01 ** (seed - 1)},
             activation=fake.activation | {"capacity": 1 + index / 10})
 
@@ -255,6 +257,8 @@ def test_an_axis_table_states_the_effect_with_its_interval_and_marks_default_and
     low, high = (float(bound.removesuffix(" %")) for bound in table["loss weight 0.1"][4].split(" to "))
     effect = float(table["loss weight 0.1"][3].removesuffix(" %"))
     assert low < effect < high  # Welch
+    assert static[5] == "="
+    assert table["loss weight 0.1"][5] == "5"  # the sixth row of the plan, by the same seed's default: no spread
     half = 100 * math.expm1(2.776 * 0.00995 * math.sqrt(2 / 3))  # t(4), sd of a log distance
     assert (high - effect) / (1 + effect / 100) == pytest.approx(half, rel=0.05)
 

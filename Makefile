@@ -44,6 +44,7 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report results/cifar10/smaller_rates --check
 	$(BIN)/python -m diffmoe.report results/cifar10/longer --check
 	$(BIN)/python -m ablations.report results/digits/ablations --check
+	$(BIN)/python -m ablations.report results/cifar10/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check
 	$(BIN)/python tests/reliability.py results/reliability --check
 	$(BIN)/python -m diffmoe.report.readme --check

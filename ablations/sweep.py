@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
 def _sweep(trials: Trials, data: ImageData, work: Work, resources: Resources, mlflow: Path | str | None) -> int:
     """Run what is missing, write the pages, publish all; return the exit code."""
     store = work.store
-    publisher = Publisher(store=store, target=mlflow, table=f"{work.scale}, ablations",
+    publisher = Publisher(store=store, target=mlflow, table=f"{work.scale}, local ablations",
                           ids={name: [cell.record_id(data) for cell in cells] for name, cells in trials.items()})
     failed = _run(trials, data, work, resources, publisher)
     if any(store.records.glob(f"{DEFAULT}-*.json")):

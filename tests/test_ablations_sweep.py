@@ -94,7 +94,7 @@ def test_a_sweep_stopped_by_a_broken_run_and_a_silent_mlflow_server_is_completed
     assert sweep.main(command) == 0
     assert "11 recorded, 0 to run" in capsys.readouterr().out
     (parent,), children = mlflow_runs(tmp_path / "mlflow.db")
-    assert parent.data.tags["table"] == "digits, ablations"
+    assert parent.data.tags["table"] == "digits, local ablations"
     assert sorted(run.data.tags["record_id"] for run in children) == sorted(record.id for record in records.values())
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
 

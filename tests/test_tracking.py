@@ -16,7 +16,7 @@ from conftest import one_line
 from fake_records import NUM_CALLS, at_budget, fake_record, fake_records
 
 from diffmoe.config import ConfigError
-from diffmoe.records import read_records
+from diffmoe.records import read_records, write_record
 from diffmoe.tracking import __main__ as command_line
 from diffmoe.tracking.publish import publish, record_params
 from diffmoe.tracking.store import EXPERIMENT, MOE_KEYS, flatten, store_uri
@@ -169,6 +169,15 @@ def test_a_file_that_is_no_store_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mlflow\.db"):
         publish(fake_records(["dense"], [0]), path)
     assert path.read_text().startswith("not a database")
+
+
+def test_the_command_line_publishes_a_scales_table_its_ablations_and_what_is_local(tmp_path: Path, capsys) -> None:
+    for seed, part in enumerate(["", "ablations", "local"]):
+        for record in fake_records(["dense"], [seed]):
+            write_record(tmp_path / "digits" / part / "records", record)
+    assert command_line.main(["publish", "--results", str(tmp_path)]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "table digits", "table digits, ablations", "table digits, local"]
 
 
 def test_the_command_line_without_records_is_one_line(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import os
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
 from diffmoe.cli import run_command
 from diffmoe.config import ConfigError
 from diffmoe.records import read_records
 from diffmoe.tracking.live import send_run
-from diffmoe.tracking.publish import publish
+from diffmoe.tracking.publish import RECORD, publish
 from diffmoe.tracking.store import EXPERIMENT, experiment, open_store, parse_store, public, store_uri
 
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _publish_all(folder: Path, scale: str, store: Path | str) -> None:
-    tables = {scale: folder, f"{scale}, local": folder / "local"}
+    tables = {scale: folder, f"{scale}, ablations": folder / "ablations", f"{scale}, local": folder / "local"}
     tables = {table: (read_records(path / "records"), path) for table, path in tables.items()}
     if not any(records for records, _ in tables.values()):
         raise ConfigError(f"{folder}: no records here or in local/; run the cells first")
@@ -73,8 +74,10 @@ def _serve(store: Path | str, port: int) -> None:
             raise ConfigError(f"port {port}: cannot be used, name another with --port ({error})") from None
     with open_store(store) as client:
         experiment_id = experiment(client, EXPERIMENT, store)
-    # without workflowType, MLflow 3 opens an experiment in its view for language models
-    page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    # Without workflowType, MLflow 3 opens an experiment in its view for language models; what is not sorted, it folds.
+    view = {"workflowType": "machine_learning", "compareRunsMode": "CHART", "searchFilter": f"tags.kind = '{RECORD}'",
+            "orderByKey": "metrics.`distance`", "orderByAsc": "true"}
+    page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs?{urlencode(view, quote_via=quote)}"
     print(f"MLflow: {page}", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(store),
                               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"])

@@ -191,11 +191,9 @@ class _Training:
         """How it ended, for MLflow, if not with weights in its folder."""
         self._path = folder / LOG_FILE
         self._name = f"train {name} seed {seed}"
-        training_digest = digest(config, scope="training")
-        self._id = training_id(training_digest, seed, data_digest)
+        self._id = training_id(digest(config, scope="training"), seed, data_digest)
         self._params = dict.fromkeys(names, NONE) | flatten(shareable(config)) | {
-            "scale": scale, "system": name, "seed": str(seed), "training_digest": training_digest,
-            "data_digest": data_digest}
+            "scale": scale, "system": name, "seed": str(seed)}
         self._run: Any = None
         self._sent_images = 0
 

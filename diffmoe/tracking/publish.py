@@ -73,9 +73,8 @@ def publish_records(client: MlflowClient, experiment_id: str, parent_id: str, re
 
 def record_params(record: Record, names: Sequence[str]) -> dict[str, str]:
     """Return a run's parameters: what the record is, and its configuration under every one of `names`."""
-    identity = {"scale": record.scale, "row": record.row, "system": record.system, "seed": str(record.seed),
-                "config_digest": record.config_digest, "training_digest": record.training_digest,
-                "data_digest": record.data["digest"]}
+    # Digests are in the tags `record_id` and `training_id`: among parameters they differ first when runs are compared.
+    identity = {"scale": record.scale, "row": record.row, "system": record.system, "seed": str(record.seed)}
     return dict.fromkeys(names, NONE) | flatten(record.config) | identity
 
 

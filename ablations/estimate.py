@@ -51,8 +51,7 @@ def describe_cost(trials: Trials, records: Sequence[Record], store: Store, data:
     lines = [["trial", "rows", "steps", "minutes"]]
     for name, cells in trials.items():
         steps = cells[0].row.config.training.num_steps
-        lines.append([name, ", ".join(cell.row.key for cell in cells), str(steps),
-                      "-" if minutes[name] is None else f"{minutes[name]:.1f}"])
+        lines.append([name, str(len(cells)), str(steps), "-" if minutes[name] is None else f"{minutes[name]:.1f}"])
     if None in minutes.values():
         return f"{format_table(lines)}\n\nno record to estimate the time from"
     total = sum(minutes.values())

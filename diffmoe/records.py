@@ -71,7 +71,7 @@ class Record:
     diagnosis: dict[str, Any] = field(default_factory=dict)
     """What the network does inside, by layer and noise level, as `diffmoe.evaluation.diagnosis.diagnose` returns it."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """`commit`, `dirty`, `versions`, `hardware`, `machine`, `threads`, `peak_memory_bytes`."""
+    """`commit`, `dirty`, `versions`, `hardware`, `machine`, `cpu`, `threads`, `peak_memory_bytes`."""
     schema: int = SCHEMA
 
 
@@ -123,8 +123,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"commit": commit or _git("rev-parse", "HEAD"),
             "dirty": not commit and bool(_git("status", "--porcelain", "--untracked-files=no")),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
-            "hardware": hardware, "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "hardware": hardware, "machine": platform.machine(), "cpu": _cpu(), "threads": torch.get_num_threads(),
             "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+def _cpu() -> str:
+    """Name the processor and the vectors that torch computes with: the bits of a run on it depend on both."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                 platform.processor())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit_name(found: dict[str, Any]) -> str:

@@ -16,12 +16,12 @@ SCALE = CONFIGS / "cifar10.yaml"
 STALL_STEP, STALL_LOSS = 250, 0.5
 """A run has stalled when its diffusion loss at this step of 2,000 is above this; predicting nothing has more than 1."""
 AGAIN = RESULTS / "again"
-"""Cells of the main table from before routers' products changed, whose networks ran again; README.md there says so."""
+"""Cells of the main table from before routers' products changed, whose networks ran again; history.md there says so."""
 PRESENT = {"7e45dd5", "ac9f304"}
 """The commits of runs since."""
 MAIN_RATE = load_config([SCALE]).training.learning_rate
 REPEATED = 0.01
-"""Relative difference of the distances of one configuration, seed and kind of GPU; README.md there states it."""
+"""Relative difference of the distances of one configuration, seed and kind of GPU; history.md there states it."""
 
 
 def test_each_system_has_the_learning_rate_that_the_rule_chose():
@@ -110,7 +110,7 @@ def test_the_runs_of_the_rule_ran_again_bit_for_bit_but_for_diffmoe():
 
 
 def test_trainings_that_ran_again_are_the_same_to_the_last_bit_but_for_two():
-    """README.md there says so. The diffusion loss of 1,000 steps; a predictor trained beside it changes nothing."""
+    """history.md there says so. The diffusion loss of 1,000 steps; a predictor trained beside it changes nothing."""
     logs = {}
     main = {row.key for row in load_rows(ROOT / "baselines" / "table1.yaml", SCALE)} - {"dense-large"}
     published = [record for folder in (RESULTS, AGAIN) for record in read_records(folder / "records")]
@@ -143,3 +143,14 @@ def test_a_cell_on_another_gpu_and_on_another_machine_is_the_same_to_the_last_bi
             losses["mse"] for _, losses in other.training["losses"]]
         assert {name: cell.metrics[name] for name in ("distance", "FD-cifar64")} == {
             name: other.metrics[name] for name in ("distance", "FD-cifar64")}
+
+
+def test_the_weight_of_the_predictors_loss_leaves_the_backbone_as_it_is():
+    """README.md there says so: it has its parameters to itself, and AdamW does not see the scale of a loss."""
+    records = {(record.row, record.seed): record for record in read_records(RESULTS / "ablations" / "records")}
+    pairs = [(record, records["default", seed]) for (row, seed), record in records.items()
+             if row.startswith("predictor-weight-")]
+    assert pairs
+    for record, default in pairs:
+        ours, theirs = ([losses["mse"] for _, losses in each.training["losses"]] for each in (record, default))
+        assert ours == theirs

@@ -42,7 +42,6 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot-beta2 --check
 	$(BIN)/python -m diffmoe.report results/cifar10/learning_rate --check
 	$(BIN)/python -m diffmoe.report results/cifar10/smaller_rates --check
-	$(BIN)/python -m diffmoe.report results/cifar10/longer --check
 	$(BIN)/python -m ablations.report results/digits/ablations --check
 	$(BIN)/python -m ablations.report results/cifar10/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check

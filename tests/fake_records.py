@@ -79,7 +79,8 @@ def fake_record(row: str, seed: int, *, scale: str = "digits", spread: float = 0
 def at_budget(record: Record, budget_images: int) -> Record:
     """Return what a record's row would have measured at a smaller budget of its training."""
     share = budget_images / record.training["images"]
-    config = record.config | {"evaluation": record.config["evaluation"] | {"budget_images": budget_images}}
+    config = record.config | {"training": record.config["training"] | {"budgets": [budget_images]},
+                              "evaluation": record.config["evaluation"] | {"budget_images": budget_images}}
     training = record.training | {"images": budget_images, "steps": round(share * record.training["steps"]),
                                   "seconds": share * record.training["seconds"]}
     worse = share**-0.3

@@ -15,7 +15,7 @@ from diffmoe.report import __main__ as report
 from diffmoe.report.budgets import budgets_data, budgets_markdown, by_budget
 from diffmoe.report.table import mean_sd
 
-SMALL, MIDDLE, WHOLE = 8_000, 32_000, 128_000
+SMALL, MIDDLE, WHOLE = 7_936, 32_000, 128_000
 
 
 def mixed_records(rows: tuple[str, ...] = ("dense", "diffmoe"), seeds: tuple[int, ...] = (0, 1)) -> list[Record]:
@@ -44,16 +44,34 @@ def test_one_budget_is_one_report_whether_or_not_it_is_the_whole_run() -> None:
 def test_rows_of_other_batch_sizes_share_a_budget_by_images() -> None:
     records = mixed_records()
     records[0] = replace(records[0], training=records[0].training | {"steps": 31})
-    assert list(by_budget(records)) == ["8000-images", "250-steps", "1000-steps"]
+    assert list(by_budget(records)) == ["7936-images", "250-steps", "1000-steps"]
 
 
-def test_a_row_trained_anew_or_measured_differently_is_refused() -> None:
+def with_training(record: Record, digest: str, **settings: object) -> Record:
+    """Return the record of another training, of these settings."""
+    config = record.config | {"training": record.config["training"] | settings}
+    return replace(record, config=config, config_digest=digest, training_digest=digest)
+
+
+def test_a_row_trained_otherwise_or_measured_differently_is_refused() -> None:
     records = mixed_records()
     with pytest.raises(ConfigError, match=f"budgets of two trainings.*{records[-1].id}") as error:
-        by_budget([*records[:-1], replace(records[-1], training_digest="other")])
+        by_budget([*records[:-1], with_training(records[-1], "other", learning_rate=1.0)])
     assert "other" in one_line(error.value)
     with pytest.raises(ConfigError, match="mixed sample counts"):
         by_budget([*records[:-1], replace(records[-1], sampling={"num_samples": 500, "seconds": 1.0})])
+
+
+def test_a_longer_run_of_a_rows_settings_is_one_more_budget_and_says_what_became_of_the_trend() -> None:
+    records = mixed_records(("dense",))
+    longer = [replace(with_training(record, "longer", num_images=4 * WHOLE, budgets=[]), training=record.training | {
+        "steps": 4000, "images": 4 * WHOLE}, metrics=record.metrics | {"distance": 5.0}) for record in records[-2:]]
+    assert list(by_budget([*records, *longer])) == ["62-steps", "250-steps", "1000-steps", "4000-steps"]
+    assert list(by_budget([*records[-2:], *longer])) == ["1000-steps", "4000-steps"]
+    page = budgets_markdown([*records, *longer])
+    assert "Those of 4,000 steps are trainings of their own." in page
+    trends = [line for line in lines_of(page) if line[0] == "Dense"][1:]
+    assert [line[3:] for line in trends] == [[], ["5 (2)"], []]  # foretold from 250 and 1,000 steps; no others were run
 
 
 def test_a_row_whose_budgets_are_of_two_trainings_is_named() -> None:
@@ -65,9 +83,9 @@ def test_a_row_whose_budgets_are_of_two_trainings_is_named() -> None:
     assert "Except for seed 0 of Dense: trained again" in budgets_markdown(records)
 
 
-def test_the_trend_is_that_of_each_seed_between_the_last_two_budgets() -> None:
+def test_the_trend_is_that_of_each_seed_between_two_budgets() -> None:
     lines = {line[0]: line[1:] for line in lines_of(budgets_markdown(mixed_records(seeds=(0, 1)))) if len(line) == 3}
-    assert lines["system"] == ["exponent", "4,000 steps, if straight"]
+    assert lines["system"] == ["exponent, 250 to 1,000 steps", "4,000 steps, if straight"]
     whole = [record.metrics["distance"] for record in fake_records(["dense"], (0, 1), scale="cifar10")]
     share = MIDDLE / WHOLE  # fake distances are a power of the budget
     assert lines["Dense"] == [f"{mean_sd([-0.3, -0.3])} (2)", f"{mean_sd([d * share**0.3 for d in whole])} (2)"]
@@ -81,7 +99,7 @@ def test_the_page_across_has_a_line_a_row_and_a_column_a_budget() -> None:
     table, costs = lines_of(budgets_markdown(records))[:3], lines_of(budgets_markdown(records))[3:7]
     assert table == [["system", "62 steps", "250 steps", "1,000 steps"],
                      ["Dense", *["9.50 ± 0.71 (2)"] * 3], ["DiffMoE (dynamic)", "-", *["8.50 ± 0.71 (2)"] * 2]]
-    assert [line[:4] for line in costs[1:]] == [["62 steps", "[62-steps](62-steps/table.md)", "8,000", "2"],
+    assert [line[:4] for line in costs[1:]] == [["62 steps", "[62-steps](62-steps/table.md)", "7,936", "2"],
                                                 ["250 steps", "[250-steps](250-steps/table.md)", "32,000", "4"],
                                                 ["1,000 steps", "[1000-steps](1000-steps/table.md)", "128,000", "4"]]
     # two rows, seeds of 61 and 62 s to the end: 246 s at 1,000 steps, a quarter at 250; Dense alone at 62

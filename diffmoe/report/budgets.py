@@ -1,20 +1,22 @@
-"""Budgets: one training is measured after several numbers of images; each budget is a report, this is the page across.
+"""Budgets: trainings are measured after several numbers of images; each budget is a report, this is the page across.
 
-A budget is `evaluation.budget_images`, or the whole run. Its report lies in a subfolder named by its optimiser steps;
-records of one budget need none.
+A budget is `evaluation.budget_images`, or the whole run; a longer run of a row's settings is one more. Its report lies
+in a subfolder named by its optimiser steps; records of one budget need none.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from diffmoe.config import ConfigError
+from diffmoe.config import ConfigError, RunConfig, digest, from_dict
 from diffmoe.records import Record
 from diffmoe.report.cost import cost_seconds
 from diffmoe.report.style import distance_axis, finish_figure, floor_line, row_columns, row_style, start_figure
@@ -28,20 +30,30 @@ def by_budget(records: Sequence[Record]) -> dict[str, list[Record]]:
     Raises:
         ConfigError: for records of several budgets that cannot stand on one page, or of a row that was trained anew.
     """
-    if len({record.config["evaluation"].get("budget_images") for record in records}) <= 1:
+    found = {(record.row, record.training["images"]) for record in records}
+    if (len({record.config["evaluation"].get("budget_images") for record in records}) <= 1
+            and len(found) == len({row for row, _ in found})):
         return {"": list(records)}
     require_one_protocol(records)
     trainings: dict[str, Record] = {}
     budgets: dict[int, list[Record]] = {}
     for record in records:
         first = trainings.setdefault(record.row, record)
-        if first.training_digest != record.training_digest:
+        if first.training_digest != record.training_digest and _settings(first) != _settings(record):
             raise ConfigError(f"row {record.row}: budgets of two trainings, {first.training_digest} in {first.id} and "
                               f"{record.training_digest} in {record.id}; report them in separate folders")
         budgets.setdefault(record.training["images"], []).append(record)
     if len(budgets) == 1:
         return {"": list(records)}
     return {_name(images, budgets[images]): budgets[images] for images in sorted(budgets)}
+
+
+def _settings(record: Record) -> str:
+    """Name what a record's training computes, however long: at a constant rate no step depends on those that follow."""
+    config = from_dict(RunConfig, record.config)
+    endless = replace(config.training, num_images=config.training.batch_size * 10**9, budgets=())
+    whole = replace(config.evaluation, budget_images=None)
+    return digest(replace(config, training=endless, evaluation=whole), scope="training")
 
 
 def _name(images: int, records: Sequence[Record]) -> str:
@@ -96,53 +108,76 @@ def budgets_markdown(records: Sequence[Record]) -> str:
     return f"""{format_table(distances)}
 
 Mean ± sd over seeds (their number). Scale {records[0].scale}. {protocol(records)}
-The budgets of a row are one training, whose averages were kept on the way.
-{_trained_anew(records)}
+{_trainings(records)}
+
 {format_table([header, *cost_lines])}
 
 Training: from the start to the budget, a training that rows share counted once. All {len(records)} records, each
 training once to its largest budget: {total:.1f} minutes, one after another.
 
-{_trend(*list(budgets.values())[-2:])}"""
+{_trends(list(budgets.values()))}"""
 
 
-def _trend(before: Sequence[Record], last: Sequence[Record]) -> str:
-    """Return how the distances fell from one budget to the next, and where a straight line leads."""
+def _trends(budgets: Sequence[Sequence[Record]]) -> str:
+    """Return how the distances fell from each budget to the next, where a straight line leads, and what came of it."""
+    tables = []
+    for before, last in itertools.pairwise(budgets):
+        factor = last[0].training["images"] / before[0].training["images"]
+        steps = round(factor * last[0].training["steps"])
+        measured = next((group_rows(same) for same in budgets if same[0].training["steps"] == steps), {})
+        tables.append(_trend(before, last, factor, steps, measured))
+    return "\n".join(tables) + """
+Exponent: of the distance as a power of the training images, between two budgets, a seed at a time. If straight: the
+same power once more; no distance falls below the floor, so the line is bold. Measured: by runs of so many steps.
+"""
+
+
+def _trend(before: Sequence[Record], last: Sequence[Record], factor: float, steps: int,
+           measured: Mapping[str, Sequence[Record]]) -> str:
     earlier = {(record.row, record.seed): record.metrics["distance"] for record in before}
-    factor = last[0].training["images"] / before[0].training["images"]
     falls: dict[str, list[tuple[float, float]]] = {}
+    labels = {}
     for record in sorted(last, key=lambda record: row_order(record.row)):
         if (record.row, record.seed) in earlier:
             distance = record.metrics["distance"]
             fall = distance / earlier[record.row, record.seed]
-            falls.setdefault(record.label, []).append((math.log(fall) / math.log(factor), distance * fall))
-    steps = round(factor * last[0].training["steps"])
-    lines = [["system", "exponent", f"{steps:,} steps, if straight"]]
-    lines += [[label, *(f"{mean_sd(values)} ({len(found)})" for values in map(list, zip(*found, strict=True)))]
-              for label, found in falls.items()]
-    return f"""{format_table(lines)}
-
-Exponent: of the distance as a power of the training images, between the last two budgets, a seed at a time. If
-straight: the same power once more, which no run has tested; no distance falls below the floor, so the line is bold.
-"""
+            falls.setdefault(record.row, []).append((math.log(fall) / math.log(factor), distance * fall))
+            labels[record.row] = record.label
+    lines = [["system", f"exponent, {before[0].training['steps']:,} to {last[0].training['steps']:,} steps",
+              f"{steps:,} steps, if straight", *(["measured"] if measured else [])]]
+    lines += [[labels[row], *(f"{mean_sd(values)} ({len(found)})" for values in map(list, zip(*found, strict=True))),
+               *([_distance(measured.get(row, []))] if measured else [])] for row, found in falls.items()]
+    return f"{format_table(lines)}\n"
 
 
-def _trained_anew(records: Sequence[Record]) -> str:
-    """Name the rows and seeds whose budgets are not of one training: their logs differ where both have lines."""
+def _trainings(records: Sequence[Record]) -> str:
+    """Say which budgets of a row are one training, and name the rows and seeds whose logs differ all the same."""
     logs: dict[tuple[str, int], list[Any]] = {}
     anew: dict[int, list[str]] = {}
+    trainings: dict[int, set[str]] = {}
     for record in sorted(records, key=lambda record: row_order(record.row)):
+        trainings.setdefault(record.training["steps"], set()).add(record.training_digest)
         lines = record.training["losses"]
         known = logs.setdefault((record.row, record.seed), lines)
         if any(one != other for one, other in zip(known, lines, strict=False)):
             anew.setdefault(record.seed, []).append(record.label)
-    rows = "; ".join(f"seed {seed} of {', '.join(dict.fromkeys(labels))}" for seed, labels in sorted(anew.items()))
-    return f"Except for {rows}: trained again for a later budget, and not alike to the last bit.\n" if rows else ""
+    own = [steps for smaller, steps in itertools.pairwise(sorted(trainings))
+           if not trainings[smaller] & trainings[steps]]
+    sentences = ["The budgets of a row are one training, whose averages were kept on the way."]
+    if own:
+        sentences.append(f"Those of {_steps(own)} are trainings of their own.")
+    if anew:
+        rows = "; ".join(f"seed {seed} of {', '.join(dict.fromkeys(labels))}" for seed, labels in sorted(anew.items()))
+        sentences.append(f"Except for {rows}: trained again for a later budget, and not alike to the last bit.")
+    return "\n".join(sentences)
+
+
+def _steps(numbers: Sequence[int]) -> str:
+    return f"{' or '.join(f'{number:,}' for number in numbers)} steps"
 
 
 def _heading(records: Sequence[Record]) -> str:
-    steps = sorted({record.training["steps"] for record in records})
-    return f"{' or '.join(f'{number:,}' for number in steps)} steps"
+    return _steps(sorted({record.training["steps"] for record in records}))
 
 
 def _distance(records: Sequence[Record]) -> str:

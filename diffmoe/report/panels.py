@@ -128,9 +128,9 @@ def samples(records: Sequence[Record]) -> Figure:
     """Draw the first images of each class, a strip a row; the same column has the same class and starting noise."""
     exemplary = _exemplary(records)
     set_theme()
-    size = (9, 1 + 0.42 * len(exemplary))
+    size = (9, 1 + 0.46 * len(exemplary))
     figure, grid = plt.subplots(len(exemplary), 1, figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.03, hspace=0)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.03, hspace=0)
     for index, (axes, record) in enumerate(zip(grid.flat, exemplary, strict=True)):
         labels, images = zip(*_examples(record), strict=True)
         gap = max(1, images[0].shape[0] // 16)

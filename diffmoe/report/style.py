@@ -35,6 +35,8 @@ SWEPT = "threshold swept"
 FLOOR = "floor: as many training images"
 LOAD_SCALE = TwoSlopeNorm(vmin=0, vcenter=1, vmax=3)
 """Colours of tokens per expert: an idle one is as blue as a crowded one is red; a collapsed router's lone one has E."""
+LEGEND_LINE = 0.2
+"""Inches of a row's name beside a figure."""
 MOST_TICKS = 8
 
 
@@ -170,6 +172,8 @@ def finish_figure(figure: Figure, axes: Axes, *, below: bool = False) -> Figure:
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: SWEPT in pair[0]))
     if axes.get_legend():
         axes.get_legend().remove()
+    if not below:
+        figure.set_figheight(max(figure.get_figheight(), 1 + LEGEND_LINE * len(named)))
     place = {"loc": "outside lower center", "ncols": 4} if below else {"loc": "outside right center"}
     figure.legend(named.values(), named.keys(), frameon=False, fontsize=9, **place)
     return figure

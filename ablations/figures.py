@@ -40,9 +40,11 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
                        seconds=data.training_s + data.sampling_s)
     set_theme()
     labels = list(dict.fromkeys(data.label))
-    figure, panels = plt.subplots(1, len(EFFECTS) + len(COSTS), sharey=True, layout="constrained",
-                                  figsize=(12, 1.9 + 0.38 * len(labels)), width_ratios=(2.6, 1.6, 1, 1, 1))
-    for axes, (column, name) in zip(panels, EFFECTS.items(), strict=False):
+    effects = {column: name for column, name in EFFECTS.items() if data[column].notna().any()}  # some axes never train
+    figure, panels = plt.subplots(1, len(effects) + len(COSTS), sharey=True, layout="constrained",
+                                  figsize=(12, 1.9 + 0.38 * len(labels)), width_ratios=[
+                                      *(2.6, 1.6)[:len(effects)], *[1] * len(COSTS)])
+    for axes, (column, name) in zip(panels, effects.items(), strict=False):
         sns.stripplot(data, x=column, y="label", order=labels, color=DOT, size=5, jitter=0.12, ax=axes, zorder=2)
         for place, label in enumerate(labels):
             group = data[data.label == label]
@@ -50,7 +52,7 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
                           ms=6, elinewidth=1.6, color=_colour(group), zorder=3)
         axes.axvline(0, color=ACCENT, lw=1, ls="--", zorder=1)
         axes.set(xlabel=name.format(distance=distance), ylabel="")
-    for axes, (column, name) in zip(panels[len(EFFECTS):], COSTS.items(), strict=True):
+    for axes, (column, name) in zip(panels[len(effects):], COSTS.items(), strict=True):
         means = data.groupby("label", sort=False)[column].mean()
         colours = [_colour(data[data.label == label]) for label in labels]
         axes.barh(range(len(labels)), means[labels], height=0.6, color=colours, alpha=0.55)

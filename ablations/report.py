@@ -79,12 +79,16 @@ class Ablations:
             pairs.insert(0, (Value(name=DEFAULT, label=DEFAULT), self.default))
         return pairs
 
+    def is_default_training(self, record: Record) -> bool:
+        """Say whether a record's network was trained as the default's; inference alone differs."""
+        return record.training_digest == self.default[0].training_digest
+
     def loss_effect(self, record: Record) -> float:
-        """Return the log ratio of the training loss to the default's of the same seed; NaN where it is the same run."""
-        theirs = next((other for other in self.default if other.seed == record.seed), record)
-        if theirs.training_digest == record.training_digest:
+        """Return the log ratio of the training loss to the default's of the same seed; NaN without, or where shared."""
+        theirs = [other for other in self.default if other.seed == record.seed]
+        if not theirs or self.is_default_training(record):
             return math.nan
-        return math.log(last_loss(record) / last_loss(theirs))
+        return math.log(last_loss(record) / last_loss(theirs[0]))
 
     def effect(self, records: Sequence[Record]) -> float:
         """Return the log ratio of the distances' geometric means to the default's."""
@@ -94,7 +98,7 @@ class Ablations:
 def axis_data(ablations: Ablations, axis: Axis) -> pd.DataFrame:
     """Return one line a value and seed; `effect` is the relative difference to the default's geometric mean.
 
-    `loss_effect`: that of the training loss to the default's of the same seed, NaN where they share the training.
+    `loss_effect`: that of the training loss to the default's of the same seed, NaN without one or where shared.
     """
     return pd.DataFrame([
         {"value": value.name, "label": value.label + " ★" * value.paper, "default": records is ablations.default,
@@ -133,15 +137,17 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
             mean_sd([record.metrics["distance"] for record in records]),
             "(default)" if default else percent(ablations.effect(records)),
             "-" if default else _interval(records, ablations.default),
-            _losses([ablations.loss_effect(record) for record in records]),
+            _losses(ablations, records),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
     return lines
 
 
-def _losses(effects: Sequence[float]) -> str:
-    percents = [100 * math.expm1(effect) for effect in effects if not math.isnan(effect)]
-    return mean_sd(percents) if percents else "="
+def _losses(ablations: Ablations, records: Sequence[Record]) -> str:
+    if ablations.is_default_training(records[0]):
+        return "="
+    effects = [100 * math.expm1(effect) for effect in map(ablations.loss_effect, records) if not math.isnan(effect)]
+    return mean_sd(effects) if effects else "-"
 
 
 def _interval(records: Sequence[Record], default: Sequence[Record]) -> str:

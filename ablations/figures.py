@@ -45,7 +45,7 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
                                   figsize=(12, 1.9 + 0.38 * len(labels)), width_ratios=[
                                       *(2.6, 1.6)[:len(effects)], *[1] * len(COSTS)])
     for axes, (column, name) in zip(panels, effects.items(), strict=False):
-        sns.stripplot(data, x=column, y="label", order=labels, color=DOT, size=5, jitter=0.12, ax=axes, zorder=2)
+        sns.stripplot(data, x=column, y="label", order=labels, color=DOT, size=5, jitter=False, ax=axes, zorder=2)
         for place, label in enumerate(labels):
             group = data[data.label == label]
             axes.errorbar(group[column].mean(), place, xerr=group[column].std() if len(group) > 1 else None, marker="D",

@@ -28,7 +28,16 @@ from diffmoe.records import Record, read_records
 from diffmoe.report.command import report_command
 from diffmoe.report.comparison import compare
 from diffmoe.report.figures import data_digest, drawn_from
-from diffmoe.report.table import group_rows, last_loss, log_distance, mean_log_distance, mean_sd, percent, protocol
+from diffmoe.report.table import (
+    group_rows,
+    last_loss,
+    log_distance,
+    mean_log_distance,
+    mean_sd,
+    percent,
+    protocol,
+    second_distances,
+)
 from diffmoe.report.table1 import format_table
 from diffmoe.report.verdicts import NOT_EVIDENCE
 
@@ -126,7 +135,8 @@ def grid_data(ablations: Ablations, first: Axis, second: Axis) -> pd.DataFrame:
 def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
     """Return the table of an axis as text cells, header first."""
     name = ablations.default[0].evaluation["distance_name"]
-    lines = [[axis.name.replace("_", " "), "C", "activated, M", name, "to default", "95 % interval",
+    others = second_distances([record for _, records in ablations.measured(axis) for record in records])
+    lines = [[axis.name.replace("_", " "), "C", "activated, M", name, "to default", "95 % interval", *others,
               "loss to default, %", "training, s", "sampling, s", "seeds"]]
     for value, records in ablations.measured(axis):
         label = value.label + " ★" * value.paper
@@ -137,7 +147,7 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
             mean_sd([record.metrics["distance"] for record in records]),
             "(default)" if default else percent(ablations.effect(records)),
             "-" if default else _interval(records, ablations.default),
-            _losses(ablations, records),
+            *(mean_sd([record.metrics[other] for record in records]) for other in others), _losses(ablations, records),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
     return lines

@@ -146,7 +146,7 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
             mean_sd([record.activation["activated_params"] / 1e6 for record in records]),
             mean_sd([record.metrics["distance"] for record in records]),
             "(default)" if default else percent(ablations.effect(records)),
-            "-" if default else _interval(records, ablations.default),
+            "-" if default else _interval(ablations, records),
             *(mean_sd([record.metrics[other] for record in records]) for other in others), _losses(ablations, records),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
@@ -160,11 +160,11 @@ def _losses(ablations: Ablations, records: Sequence[Record]) -> str:
     return mean_sd(effects) if effects else "-"
 
 
-def _interval(records: Sequence[Record], default: Sequence[Record]) -> str:
-    paired = records[0].training_digest == default[0].training_digest
-    both = {record.seed for record in records} & {record.seed for record in default}
+def _interval(ablations: Ablations, records: Sequence[Record]) -> str:
+    paired = ablations.is_default_training(records[0])
+    both = {record.seed for record in records} & {record.seed for record in ablations.default}
     ours, theirs = ([log_distance(record.metrics["distance"], record.id) for record in group
-                     if record.seed in both or not paired] for group in (records, default))
+                     if record.seed in both or not paired] for group in (records, ablations.default))
     interval = compare(ours, theirs, paired=paired).interval
     return "-" if interval is None else " to ".join(map(percent, interval))
 

@@ -273,7 +273,7 @@ def fidelity_options(samples: Tensor, reference: ImageData, *, extractor: str, d
         "cache_root": str(cache_root), "feature_extractor": extractor,
         "feature_extractor_weights_path": weights_path and str(weights_path),
         "fid": True, "cuda": device.type == "cuda", "batch_size": batch_size, "rng_seed": RNG_SEED,
-        "save_cpu_ram": True,  # no worker processes for images in memory; neighbours 10 000 rows at a time
+        "save_cpu_ram": True,  # no worker processes for images in memory
         "verbose": False,
     }
 

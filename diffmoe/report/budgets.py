@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +124,7 @@ def _trends(budgets: Sequence[Sequence[Record]]) -> str:
     for before, last in itertools.pairwise(budgets):
         factor = last[0].training["images"] / before[0].training["images"]
         steps = round(factor * last[0].training["steps"])
-        measured = next((group_rows(same) for same in budgets if same[0].training["steps"] == steps), {})
+        measured = [record for same in budgets for record in same if record.training["steps"] == steps]
         tables.append(_trend(before, last, factor, steps, measured))
     return "\n".join(tables) + """
 Exponent: of the distance as a power of the training images, between two budgets, a seed at a time. If straight: the
@@ -133,7 +133,7 @@ same power once more; no distance falls below the floor, so the line is bold. Me
 
 
 def _trend(before: Sequence[Record], last: Sequence[Record], factor: float, steps: int,
-           measured: Mapping[str, Sequence[Record]]) -> str:
+           measured: Sequence[Record]) -> str:
     earlier = {(record.row, record.seed): record.metrics["distance"] for record in before}
     falls: dict[str, list[tuple[float, float]]] = {}
     labels = {}
@@ -146,7 +146,8 @@ def _trend(before: Sequence[Record], last: Sequence[Record], factor: float, step
     lines = [["system", f"exponent, {before[0].training['steps']:,} to {last[0].training['steps']:,} steps",
               f"{steps:,} steps, if straight", *(["measured"] if measured else [])]]
     lines += [[labels[row], *(f"{mean_sd(values)} ({len(found)})" for values in map(list, zip(*found, strict=True))),
-               *([_distance(measured.get(row, []))] if measured else [])] for row, found in falls.items()]
+               *([_distance([record for record in measured if record.row == row])] if measured else [])]
+              for row, found in falls.items()]
     return f"{format_table(lines)}\n"
 
 
@@ -164,11 +165,11 @@ def _trainings(records: Sequence[Record]) -> str:
     own = [steps for smaller, steps in itertools.pairwise(sorted(trainings))
            if not trainings[smaller] & trainings[steps]]
     sentences = ["The budgets of a row are one training, whose averages were kept on the way."]
-    if own:
-        sentences.append(f"Those of {_steps(own)} are trainings of their own.")
     if anew:
         rows = "; ".join(f"seed {seed} of {', '.join(dict.fromkeys(labels))}" for seed, labels in sorted(anew.items()))
         sentences.append(f"Except for {rows}: trained again for a later budget, and not alike to the last bit.")
+    if own:
+        sentences.append(f"Those of {_steps(own)} are trainings of their own.")
     return "\n".join(sentences)
 
 

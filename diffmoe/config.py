@@ -405,7 +405,7 @@ class RuntimeConfig:
     backend: Backend = field(default=Backend.AUTO, metadata=RUNTIME)
     """Expert backend."""
     compile: bool | None = field(default=False, metadata=RUNTIME)
-    """torch.compile of the network, and on a GPU CUDA graphs of it; null: on a GPU, not on a CPU."""
+    """torch.compile of the network, and on a GPU CUDA graphs of it, unless its experts need `loop`; null: on a GPU."""
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
     parallel: Parallel = field(default=Parallel.DDP, metadata=RUNTIME)

@@ -19,8 +19,8 @@ def losses_and_gradients(system, device, compiled, *overrides):
     batch = trainer.batch(0)
     for _ in range(5 if compiled and device == "cuda" else 1):  # the capture, and replays of it
         losses, _ = trainer.gradients(batch.images, batch.labels, batch.noise, batch.times)
-    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
-    return losses, {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+    trained = {id(parameter): copied for parameter, copied in zip(trainer.parameters, trainer.trained, strict=True)}
+    return losses, {name: trained[id(parameter)].grad.float() for name, parameter in trainer.model.named_parameters()}
 
 
 def assert_compiled_as_plain(system, device, *overrides):
@@ -53,6 +53,21 @@ def test_a_router_compiled_under_autocast_keeps_float32_backward(router):
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="refused")
 def test_compiled_gradients_are_those_of_plain_calls():
     assert_compiled_as_plain("diffmoe", "cpu", "model.depth=1", "model.moe.interleave=false")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="refused")
+def test_the_loop_over_experts_is_not_compiled_anew_for_other_numbers_of_rows():
+    config = digits_config("token_choice", "model.depth=2", "runtime.compile=true", "runtime.backend=loop")
+    trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"))
+    torch._dynamo.reset()
+    trainer.train_step()
+    rows = set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            trainer.train_step()
+            _, output = trainer.losses(trainer.batch(step))
+            rows.add(tuple(output.routings[0].tokens_per_expert.tolist()))
+    assert len(rows) > 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DYNAMIC_ROUTERS, ROUTERS, rand, random_router, randomise
+from conftest import DYNAMIC_ROUTERS, ROUTERS, rand, random_model, random_router, randomise
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -276,3 +276,16 @@ def test_auto_falls_back_to_the_loop_where_grouped_products_are_missing(monkeypa
     expected = measure(bank, x, routing, "loop")
     monkeypatch.setattr(experts_module, "grouped_mm", None)
     assert all(torch.equal(value, expected[key]) for key, value in measure(bank, x, routing, "auto").items())
+
+
+def test_a_network_waits_for_the_device_where_the_loop_counts_unequal_rows(monkeypatch):
+    def waiting(training, dtype=torch.bfloat16):
+        return [name for name, model in models.items() if model.train(training).waits_for_device(dtype)]
+
+    models = {name: random_model(name) for name in (*ROUTERS, None)}
+    assert waiting(True) == waiting(False) == []
+    assert waiting(True, torch.float64) == ["tc", "race"]
+    monkeypatch.setattr(experts_module, "grouped_mm", None)  # as on a GPU before Hopper
+    assert waiting(True) == ["tc", "race"]
+    assert waiting(False) == [*DYNAMIC_ROUTERS[:4], "tc", "race"]
+    assert models["diffmoe_static"].set_backend(Backend.LOOP).waits_for_device(torch.bfloat16)

@@ -34,6 +34,13 @@ def tokens(batch_size: int = B, seed: int = 1) -> Tensor:
 # ---------------------------------------------------------------- Routing
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_router_knows_before_it_sees_tokens_whether_experts_get_equally_many(router, training):
+    module = random_router(router).train(training)
+    assert module.equal_rows == isinstance(module(tokens(), 2.0).tokens_per_expert, int)
+
+
 @st.composite
 def masks(draw) -> tuple[Tensor, Tensor]:
     """Draw a mask (S, E) of any density, empty rows and columns among it, and scores."""

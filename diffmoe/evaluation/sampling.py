@@ -19,7 +19,7 @@ from diffmoe.diffusion import build_process, guided
 from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.moe.routing import Routing
 from diffmoe.training.graph import Graphed, compile_blocks
-from diffmoe.training.precision import autocast, tf32
+from diffmoe.training.precision import autocast, dtype_of_products, tf32
 
 FIRST_ROW_BOUND = 2.0
 """Rows, in units of S, laid out for a dynamic router before an overflow asks for more."""
@@ -193,7 +193,8 @@ def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, comp
         if config.training.precision is Precision.BF16:
             model = model.rounded(torch.bfloat16)
         compile_blocks(model.blocks)
-    return Graphed(call) if compiled and device.type == "cuda" else call
+    graphed = compiled and device.type == "cuda" and not model.waits_for_device(dtype_of_products(config.training))
+    return Graphed(call) if graphed else call
 
 
 def _sample_batch(model: DiT, network: NetworkCall, config: RunConfig, noise: StartNoise,

@@ -119,6 +119,12 @@ class DiT(nn.Module):
             layer.experts.backend = backend
         return self
 
+    def waits_for_device(self, dtype: torch.dtype) -> bool:
+        """Say whether expert banks count rows on the host, with products in `dtype`: no CUDA graph can hold that."""
+        device = self.positions.device
+        return any(layer.experts.choose(device, dtype, equal_rows=layer.router.equal_rows) is Backend.LOOP
+                   for layer in self.moe_layers().values())
+
     def update_routers(self, observed: list[Tensor], num_updates: int) -> None:
         """Move the routers' buffers once, after an optimiser step.
 

@@ -103,6 +103,13 @@ class ExpertChoice(Router):
         if self.options.warmup_steps:
             self.register_buffer("warming", torch.ones(()))  # on the device: a graph holds both rules
 
+    @property
+    def equal_rows(self) -> bool:
+        """Whether the training rule is at work, on the tokens of this process alone."""
+        if not self.training:
+            return self.options.inference is Inference.STATIC
+        return self.world.size == 1 or self.pool_scope is PoolScope.PROCESS or self.options.pool is Pool.SAMPLE
+
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
         """Select by the training rule in training mode or static inference, else by the predictor."""
         scores_SE = self.scores(x_BTD)

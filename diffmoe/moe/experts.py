@@ -77,7 +77,7 @@ class ExpertBank(nn.Module):
             w1, b1, w2, b2 = (weight.to(dtype) for weight in (self.w1, self.b1, self.w2, self.b2))
             x_SD, token_N, gate_N = x_SD.to(dtype), routing.token_N, routing.gate_N
             ends_E = routing.counts(len(w1)).cumsum(0).to(torch.int32)
-            backend = self._choose(x_SD, routing)
+            backend = self.choose(x_SD.device, dtype, equal_rows=isinstance(routing.tokens_per_expert, int))
             if not kernels_apply(x_SD):
                 y_ND = _add_bias(_feed_forward(x_SD[token_N], w1, b1, w2, ends_E, backend), b2, ends_E, backend)
                 weighted_ND = y_ND * gate_N[:, None].to(torch.promote_types(dtype, gate_N.dtype))
@@ -92,15 +92,19 @@ class ExpertBank(nn.Module):
                 y_ND = _product(hidden_rows(x_SD, token_N, w1, b1, ends_E), w2, ends_E, backend)
             return add_pairs(y_ND, b2, gate_N, token_N, ends_E, row_SE, given)
 
-    def _choose(self, x_SD: Tensor, routing: Routing) -> Backend:
-        equal = isinstance(routing.tokens_per_expert, int)
-        has_grouped = grouped_is_supported(x_SD.device, x_SD.dtype)
+    def choose(self, device: torch.device, dtype: torch.dtype, *, equal_rows: bool) -> Backend:
+        """Return what computes products of `dtype` on a device; `loop` alone waits for the device, to count rows.
+
+        Raises:
+            ValueError: when the chosen backend cannot.
+        """
+        has_grouped = grouped_is_supported(device, dtype)
         if self.backend is Backend.AUTO:
-            return Backend.BATCHED if equal else Backend.GROUPED if has_grouped else Backend.LOOP
-        if self.backend is Backend.BATCHED and not equal:
+            return Backend.BATCHED if equal_rows else Backend.GROUPED if has_grouped else Backend.LOOP
+        if self.backend is Backend.BATCHED and not equal_rows:
             raise ValueError("backend=batched: this router gives experts unequal rows; use grouped, loop or auto")
         if self.backend is Backend.GROUPED and not has_grouped:
-            raise ValueError(f"backend=grouped: not available for {x_SD.dtype} on {x_SD.device.type}; use loop or auto")
+            raise ValueError(f"backend=grouped: not available for {dtype} on {device.type}; use loop or auto")
         return self.backend
 
 
@@ -127,6 +131,7 @@ def _feed_forward(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tens
     return _product(hidden_NF, w2, ends_E, backend)
 
 
+@torch.compiler.disable  # it would compile anew for each step's numbers of rows
 def _loop(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tensor) -> Tensor:
     counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     *rows, pads = x_ND.split([*counts, len(x_ND) - sum(counts)])

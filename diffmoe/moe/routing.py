@@ -145,6 +145,11 @@ class Router(nn.Module, abc.ABC):
         """The processes whose tokens a training selection spans; more than this one for `pool_scope: global` alone."""
         self.gate = Float32Linear(model.hidden_size, moe.num_experts)
 
+    @property
+    def equal_rows(self) -> bool:
+        """Whether experts get equally many rows whatever the tokens, in the present mode. Default: no."""
+        return False
+
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, row_bound: float | None = None) -> Routing:
         """Route the tokens of a batch.

@@ -13,6 +13,12 @@ from diffmoe.config import Precision, TrainingConfig
 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # torch.compile's advice: training.tf32
 
 
+def dtype_of_products(training: TrainingConfig) -> torch.dtype:
+    """Return the dtype that products read."""
+    return {Precision.FP64: torch.float64, Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}[
+        training.precision]
+
+
 def autocast(training: TrainingConfig, device: torch.device) -> torch.autocast:
     """Return the context of a forward pass; gradients take their dtypes from it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=training.precision is Precision.BF16)

@@ -24,7 +24,7 @@ from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
 from diffmoe.training.parallel import distribute, gathered, local, shared_out, whole
-from diffmoe.training.precision import autocast, tf32
+from diffmoe.training.precision import autocast, dtype_of_products, tf32
 
 if HAS_TRITON:
     from diffmoe.training.update_kernels import OnePass, one_pass_applies
@@ -83,7 +83,8 @@ class Trainer:
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        graphed = compiled and device.type == "cuda" and world.size == 1
+        graphed = (compiled and device.type == "cuda" and world.size == 1
+                   and not self.model.waits_for_device(dtype_of_products(config.training)))
         trained = self.model.rounded(torch.bfloat16) if graphed and HAS_TRITON and self._rounds() else self.model
         self.network = distribute(trained, averages, config, world, device)
         apart = config.training.expert_rate != 1

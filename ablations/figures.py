@@ -51,6 +51,8 @@ def draw_axis(data: pd.DataFrame, title: str, note: str, distance: str) -> Figur
             axes.errorbar(group[column].mean(), place, xerr=group[column].std() if len(group) > 1 else None, marker="D",
                           ms=6, elinewidth=1.6, color=_colour(group), zorder=3)
         axes.axvline(0, color=ACCENT, lw=1, ls="--", zorder=1)
+        if not data[column].abs().max() > 0:
+            axes.set_xlim(-1, 1)  # per cent
         axes.set(xlabel=name.format(distance=distance), ylabel="")
     for axes, (column, name) in zip(panels[len(effects):], COSTS.items(), strict=True):
         means = data.groupby("label", sort=False)[column].mean()

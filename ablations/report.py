@@ -26,7 +26,7 @@ from diffmoe.cli import run_command
 from diffmoe.config import ConfigError, RunConfig, digest, from_dict
 from diffmoe.records import Record, read_records
 from diffmoe.report.command import report_command
-from diffmoe.report.comparison import compare
+from diffmoe.report.comparison import Comparison, compare
 from diffmoe.report.figures import data_digest, drawn_from
 from diffmoe.report.table import (
     group_rows,
@@ -42,13 +42,13 @@ from diffmoe.report.table1 import format_table
 from diffmoe.report.verdicts import NOT_EVIDENCE
 
 ABOUT = """\
-To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds (paired t
-where a value shares the default's checkpoints, Welch otherwise; not adjusted for the number of values). Loss to
-default: relative difference of the diffusion loss in training, mean of the last quarter of the steps, to that of the
-default with the same seed, whose steps drew the same images, times and noise: less luck than in a distance; =: the
-default's own training. C: experts a token, measured over all sampling calls. Activated: parameters that work on an
-average token, in millions, by the paper's Eq. 40. Seconds: of one run; values that share a checkpoint share its
-training. ★: the paper's choice."""
+To default: relative difference of the geometric means of the distance, with its 95 % interval over seeds; not adjusted
+for the number of values. Values whose checkpoints are the default's, or trained with its losses to the last bit, are
+compared on the seeds that both have (paired t), the others by Welch. Loss to default: relative difference of the
+diffusion loss in training, mean of the last quarter of the steps, to that of the default with the same seed, whose
+steps drew the same images, times and noise: less luck than in a distance; =: the default's own training. C: experts a
+token, measured over all sampling calls. Activated: parameters that work on an average token, in millions, by the
+paper's Eq. 40. Seconds: of one run; values that share a checkpoint share its training. ★: the paper's choice."""
 
 
 class Ablations:
@@ -99,9 +99,23 @@ class Ablations:
             return math.nan
         return math.log(last_loss(record) / last_loss(theirs[0]))
 
-    def effect(self, records: Sequence[Record]) -> float:
-        """Return the log ratio of the distances' geometric means to the default's."""
-        return mean_log_distance(records) - mean_log_distance(self.default)
+    def opponents(self, records: Sequence[Record]) -> tuple[list[Record], bool]:
+        """Return the default's records that a row is compared with, and whether that is seed by seed.
+
+        It is where both went through the same training: a row of the default's checkpoints, or of the same losses.
+        """
+        seeds = {record.seed for record in records} & {record.seed for record in self.default}
+        paired = bool(seeds) and all(self.is_default_training(record) or self.loss_effect(record) == 0
+                                     for record in records if record.seed in seeds)
+        return ([record for record in self.default if record.seed in seeds], True) if paired else (self.default, False)
+
+    def compare(self, records: Sequence[Record]) -> Comparison:
+        """Compare a row's distances with the default's."""
+        theirs, paired = self.opponents(records)
+        seeds = {record.seed for record in theirs}
+        ours = [record for record in records if not paired or record.seed in seeds]
+        return compare(*([log_distance(record.metrics["distance"], record.id) for record in group]
+                         for group in (ours, theirs)), paired=paired)
 
 
 def axis_data(ablations: Ablations, axis: Axis) -> pd.DataFrame:
@@ -109,14 +123,17 @@ def axis_data(ablations: Ablations, axis: Axis) -> pd.DataFrame:
 
     `loss_effect`: that of the training loss to the default's of the same seed, NaN without one or where shared.
     """
+    rows = [(value, records, mean_log_distance(ablations.opponents(records)[0]))
+            for value, records in ablations.measured(axis)]
     return pd.DataFrame([
         {"value": value.name, "label": value.label + " ★" * value.paper, "default": records is ablations.default,
          "paper": value.paper, "seed": record.seed, "distance": record.metrics["distance"],
-         "effect": math.expm1(ablations.effect([record])), "loss_effect": math.expm1(ablations.loss_effect(record)),
+         "effect": math.expm1(log_distance(record.metrics["distance"], record.id) - theirs),
+         "loss_effect": math.expm1(ablations.loss_effect(record)),
          "capacity": record.activation["capacity"],
          "activated_params": record.activation["activated_params"], "training_s": record.training["seconds"],
          "sampling_s": record.sampling["seconds"]}
-        for value, records in ablations.measured(axis) for record in records])
+        for value, records, theirs in rows for record in records])
 
 
 def grid_data(ablations: Ablations, first: Axis, second: Axis) -> pd.DataFrame:
@@ -128,7 +145,7 @@ def grid_data(ablations: Ablations, first: Axis, second: Axis) -> pd.DataFrame:
         if records:
             lines.append({first.name: one.label + " ★" * one.paper, second.name: two.label + " ★" * two.paper,
                           "default": records is ablations.default, "seeds": len(records),
-                          "effect": math.expm1(ablations.effect(records))})
+                          "effect": math.expm1(ablations.compare(records).effect)})
     return pd.DataFrame(lines)
 
 
@@ -145,8 +162,7 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
             f"**{label}**" if default else label, mean_sd([record.activation["capacity"] for record in records]),
             mean_sd([record.activation["activated_params"] / 1e6 for record in records]),
             mean_sd([record.metrics["distance"] for record in records]),
-            "(default)" if default else percent(ablations.effect(records)),
-            "-" if default else _interval(ablations, records),
+            *(["(default)", "-"] if default else _effect(ablations.compare(records))),
             *(mean_sd([record.metrics[other] for record in records]) for other in others), _losses(ablations, records),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
@@ -160,13 +176,8 @@ def _losses(ablations: Ablations, records: Sequence[Record]) -> str:
     return mean_sd(effects) if effects else "-"
 
 
-def _interval(ablations: Ablations, records: Sequence[Record]) -> str:
-    paired = ablations.is_default_training(records[0])
-    both = {record.seed for record in records} & {record.seed for record in ablations.default}
-    ours, theirs = ([log_distance(record.metrics["distance"], record.id) for record in group
-                     if record.seed in both or not paired] for group in (records, ablations.default))
-    interval = compare(ours, theirs, paired=paired).interval
-    return "-" if interval is None else " to ".join(map(percent, interval))
+def _effect(found: Comparison) -> list[str]:
+    return [percent(found.effect), "-" if found.interval is None else " to ".join(map(percent, found.interval))]
 
 
 def report_files(ablations: Ablations) -> dict[str, str]:

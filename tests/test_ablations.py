@@ -263,6 +263,22 @@ def test_an_axis_table_states_the_effect_with_its_interval_and_marks_default_and
     assert (high - effect) / (1 + effect / 100) == pytest.approx(half, rel=0.05)
 
 
+def test_a_value_that_trains_as_the_default_did_is_compared_seed_by_seed(design):
+    def effects(losses_of):
+        changed = [replace(record, training=record.training | {"losses": losses_of(record)}) for record in records]
+        table = report.axis_table(report.Ablations(defaults + changed), design.axes["predictor"])
+        return {row[0]: row[4:6] for row in table}["loss weight 0.1"]
+
+    rows = {row.key: row for row in design.plan([design.axes["predictor"]], [])}
+    defaults = list(made_records(design, [design.default]))
+    records = list(made_records(design, [rows["predictor-weight-0.1"]], seeds=[0, 1]))
+    records[0] = replace(records[0], metrics=records[0].metrics | {"distance": 0.98 * records[0].metrics["distance"]})
+    losses = {record.seed: record.training["losses"] for record in defaults}
+    assert effects(lambda record: losses[record.seed]) == ["-1.0 %", "-12.9 % to +12.6 %"]  # t(1), not seed 2's luck
+    slower = [(step, {"mse": 2 * at["mse"]}) for step, at in losses[0]]
+    assert effects(lambda record: slower)[0] == "-1.5 %"
+
+
 def test_a_record_of_another_configuration_is_in_no_table_and_another_default_is_refused(folder, design):
     other = make_design("digits", "training.num_images=51200")
     row = other.row({"interleave": other.axes["interleave"].values[1]})

@@ -15,6 +15,7 @@ from diffmoe.data.images import ImageData
 from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import build_model
+from diffmoe.moe import experts
 from diffmoe.moe.routing import Routing
 from diffmoe.train import CONFIGS
 from diffmoe.training.graph import EAGER_CALLS, release_memory
@@ -130,6 +131,26 @@ def test_copies_train_as_well_compiled_and_clipped(system, monkeypatch):
         return torch.stack([trainer.train_step()["mse"] for _ in range(EAGER_CALLS + 20)])
 
     torch.testing.assert_close(losses(True), losses(False), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_compiled_runs_go_on_without_graphs_where_there_are_no_grouped_products(system, monkeypatch):
+    """As on GPUs before Hopper, and in float32."""
+    monkeypatch.setattr(experts, "grouped_mm", None)
+    config, plain = (digits_config(system, "training.precision=bf16", "sampling.num_steps=4", "sampling.batch_size=8",
+                                   f"runtime.compile={flag}") for flag in ("true", "false"))
+    data = load_data(config.data, config.model)
+
+    def losses(config):
+        trainer = Trainer(config, 0, data, CUDA)
+        return torch.stack([trainer.train_step()["mse"] for _ in range(EAGER_CALLS + 5)])
+
+    torch.testing.assert_close(losses(config), losses(plain), rtol=2e-2, atol=0)
+    model = randomise(build_model(config.model)).to(CUDA).eval()
+    for layer in model.moe_layers().values():
+        set_threshold(layer.router)
+    wanted, got = (sample_images(model, each, range(20)).images.int() for each in (plain, config))
+    assert (got - wanted).abs().double().mean() < 2  # of 255; rounding moves a rare token
 
 
 STEPS = """

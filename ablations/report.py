@@ -109,12 +109,12 @@ class Ablations:
                                      for record in records if record.seed in seeds)
         return ([record for record in self.default if record.seed in seeds], True) if paired else (self.default, False)
 
-    def compare(self, records: Sequence[Record]) -> Comparison:
+    def compare(self, records: Sequence[Record], metric: str = "distance") -> Comparison:
         """Compare a row's distances with the default's."""
         theirs, paired = self.opponents(records)
         seeds = {record.seed for record in theirs}
         ours = [record for record in records if not paired or record.seed in seeds]
-        return compare(*([log_distance(record.metrics["distance"], record.id) for record in group]
+        return compare(*([log_distance(record.metrics[metric], record.id) for record in group]
                          for group in (ours, theirs)), paired=paired)
 
 
@@ -153,17 +153,17 @@ def axis_table(ablations: Ablations, axis: Axis) -> list[list[str]]:
     """Return the table of an axis as text cells, header first."""
     name = ablations.default[0].evaluation["distance_name"]
     others = second_distances([record for _, records in ablations.measured(axis) for record in records])
-    lines = [[axis.name.replace("_", " "), "C", "activated, M", name, "to default", "95 % interval", *others,
-              "loss to default, %", "training, s", "sampling, s", "seeds"]]
+    distances = [cell for heading in (name, *others) for cell in (heading, "to default", "95 % interval")]
+    lines = [[axis.name.replace("_", " "), "C", "activated, M", *distances, "loss to default, %", "training, s",
+              "sampling, s", "seeds"]]
     for value, records in ablations.measured(axis):
         label = value.label + " ★" * value.paper
-        default = records is ablations.default
         lines.append([
-            f"**{label}**" if default else label, mean_sd([record.activation["capacity"] for record in records]),
+            f"**{label}**" if records is ablations.default else label,
+            mean_sd([record.activation["capacity"] for record in records]),
             mean_sd([record.activation["activated_params"] / 1e6 for record in records]),
-            mean_sd([record.metrics["distance"] for record in records]),
-            *(["(default)", "-"] if default else _effect(ablations.compare(records))),
-            *(mean_sd([record.metrics[other] for record in records]) for other in others), _losses(ablations, records),
+            *(cell for metric in ("distance", *others) for cell in _distances(ablations, records, metric)),
+            _losses(ablations, records),
             mean_sd([record.training["seconds"] for record in records]),
             mean_sd([record.sampling["seconds"] for record in records]), str(len(records))])
     return lines
@@ -176,8 +176,12 @@ def _losses(ablations: Ablations, records: Sequence[Record]) -> str:
     return mean_sd(effects) if effects else "-"
 
 
-def _effect(found: Comparison) -> list[str]:
-    return [percent(found.effect), "-" if found.interval is None else " to ".join(map(percent, found.interval))]
+def _distances(ablations: Ablations, records: Sequence[Record], metric: str) -> list[str]:
+    mean = mean_sd([record.metrics[metric] for record in records])
+    if records is ablations.default:
+        return [mean, "(default)", "-"]
+    found = ablations.compare(records, metric)
+    return [mean, percent(found.effect), "-" if found.interval is None else " to ".join(map(percent, found.interval))]
 
 
 def report_files(ablations: Ablations) -> dict[str, str]:

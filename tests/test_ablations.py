@@ -267,16 +267,23 @@ def test_a_value_that_trains_as_the_default_did_is_compared_seed_by_seed(design)
     def effects(losses_of):
         changed = [replace(record, training=record.training | {"losses": losses_of(record)}) for record in records]
         table = report.axis_table(report.Ablations(defaults + changed), design.axes["predictor"])
-        return {row[0]: row[4:6] for row in table}["loss weight 0.1"]
+        assert table[0][6:9] == ["FD-other", "to default", "95 % interval"]
+        (row,) = (row for row in table if row[0] == "loss weight 0.1")
+        return row[4:6], row[7:9]
 
     rows = {row.key: row for row in design.plan([design.axes["predictor"]], [])}
-    defaults = list(made_records(design, [design.default]))
-    records = list(made_records(design, [rows["predictor-weight-0.1"]], seeds=[0, 1]))
+    defaults, records = ([replace(record, metrics=record.metrics | {"FD-other": factor * record.seed + 1})
+                          for record in made_records(design, [row], seeds)]
+                         for row, seeds, factor in ((design.default, [0, 1, 2], 1),
+                                                    (rows["predictor-weight-0.1"], [0, 1], 3)))
     records[0] = replace(records[0], metrics=records[0].metrics | {"distance": 0.98 * records[0].metrics["distance"]})
     losses = {record.seed: record.training["losses"] for record in defaults}
-    assert effects(lambda record: losses[record.seed]) == ["-1.0 %", "-12.9 % to +12.6 %"]  # t(1), not seed 2's luck
+    first, other = effects(lambda record: losses[record.seed])
+    assert first == ["-1.0 %", "-12.9 % to +12.6 %"]  # t(1), not seed 2's luck
+    assert other[0] == "+41.4 %"  # sqrt(1 * 4 / (1 * 2))
     slower = [(step, {"mse": 2 * at["mse"]}) for step, at in losses[0]]
-    assert effects(lambda record: slower)[0] == "-1.5 %"
+    first, other = effects(lambda record: slower)
+    assert (first[0], other[0]) == ("-1.5 %", "+10.1 %")  # sqrt(4) / cbrt(6)
 
 
 def test_a_record_of_another_configuration_is_in_no_table_and_another_default_is_refused(folder, design):

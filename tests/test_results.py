@@ -145,6 +145,26 @@ def test_a_cell_on_another_gpu_and_on_another_machine_is_the_same_to_the_last_bi
             name: other.metrics[name] for name in ("distance", "FD-cifar64")}
 
 
+def test_one_of_six_trainings_is_the_same_on_another_kind_of_gpu():
+    """history.md there says so."""
+    def losses(record):
+        return [losses["mse"] for _, losses in record.training["losses"]]
+
+    main, ours = ({(record.row, record.seed): record for record in read_records(folder / "records")
+                   if record.training["steps"] == 8_000} for folder in (RESULTS, RESULTS / "ablations"))
+    pairs = {("diffmoe-experts-4", 0): ("experts-4", 0), ("diffmoe-experts-8", 0): ("experts-8", 0),
+             ("diffmoe-experts-32", 0): ("experts-32", 0), ("diffmoe-predictor-weight-10", 0): ("default", 0),
+             ("diffmoe", 1): ("default", 1), ("diffmoe", 2): ("default", 2)}
+    hardware = {(main[theirs].environment["hardware"], ours[mine].environment["hardware"])
+                for theirs, mine in pairs.items()}
+    assert hardware == {("NVIDIA H100 80GB HBM3", "NVIDIA H200")}
+    same = {mine for theirs, mine in pairs.items() if losses(main[theirs]) == losses(ours[mine])}
+    assert same == {mine for theirs, mine in pairs.items() if losses(main[theirs])[0] == losses(ours[mine])[0]}
+    assert same == {("experts-32", 0)}
+    one, other = main["diffmoe-experts-32", 0].metrics, ours["experts-32", 0].metrics
+    assert all(math.isclose(one[name], other[name], rel_tol=1e-12) for name in ("distance", "FD-cifar64"))
+
+
 def test_the_weight_of_the_predictors_loss_leaves_the_backbone_as_it_is():
     """README.md there says so: it has its parameters to itself, and AdamW does not see the scale of a loss."""
     records = {(record.row, record.seed): record for record in read_records(RESULTS / "ablations" / "records")}

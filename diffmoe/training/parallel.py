@@ -52,8 +52,9 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
         return model
     if world.size == 1:
         return model
+    torch._dynamo.config.optimize_ddp = False  # would cut the compiled blocks where DDP's buckets end
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:

@@ -58,18 +58,20 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shard block by block; in bf16 blocks travel as autocast would cast them, routers and embeddings as they are."""
-    # Pairs are views of scores; nobody writes into them.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    """Shard block by block; in bf16 blocks travel as autocast would cast them, routers and embeddings as they are.
+
+    Routers go with the embeddings, once a step: as groups of their own they would cut the compiled blocks.
+    """
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream keeps its precision, too
     cast = whole
     if precision is Precision.BF16:
         cast = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    def of_routers() -> set[nn.Parameter]:
+        return {parameter for layer in model.moe_layers().values() for parameter in layer.router.parameters()}
+
+    fully_shard(model, mesh=mesh, mp_policy=whole, ignored_params=set(model.blocks.parameters()) - of_routers())
     for block in model.blocks:
-        if block.is_moe:
-            fully_shard(block.ffn.router, mesh=mesh, mp_policy=whole)
-        fully_shard(block, mesh=mesh, mp_policy=cast)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
+        fully_shard(block, mesh=mesh, mp_policy=cast, ignored_params=of_routers())
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:

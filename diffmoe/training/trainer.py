@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require, resolve_router
+from diffmoe.config import ConfigError, Parallel, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageOrder, TrainingData
 from diffmoe.data.images import seeded_generator
 from diffmoe.diffusion import build_process
@@ -83,9 +83,9 @@ class Trainer:
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        graphed = (compiled and device.type == "cuda" and world.size == 1
-                   and not self.model.waits_for_device(dtype_of_products(config.training)))
-        trained = self.model.rounded(torch.bfloat16) if graphed and HAS_TRITON and self._rounds() else self.model
+        on_gpu = compiled and device.type == "cuda"
+        graphed = on_gpu and world.size == 1 and not self.model.waits_for_device(dtype_of_products(config.training))
+        trained = self.model.rounded(torch.bfloat16) if on_gpu and HAS_TRITON and self._rounds() else self.model
         self.network = distribute(trained, averages, config, world, device)
         apart = config.training.expert_rate != 1
         groups = _groups(self.model, apart)
@@ -118,9 +118,13 @@ class Trainer:
         """Steps since each expert last had a token of this process."""
 
     def _rounds(self) -> bool:
-        """Say whether gradients may be bf16, as the products make them: nothing is added to them."""
-        return (self.config.training.precision is Precision.BF16
-                and self.micro_batch == self.config.training.batch_size)
+        """Say whether gradients may be bf16, as the products make them: no micro-batch's is added to another's.
+
+        DDP averages them over processes as they are, at half the bytes of float32; FSDP does so in float32.
+        """
+        shared_out = self.world.size > 1 and self.config.runtime.parallel is Parallel.FSDP
+        return (self.config.training.precision is Precision.BF16 and not shared_out
+                and self.micro_batch * self.world.size == self.config.training.batch_size)
 
     @torch.no_grad()
     def round_weights(self) -> None:

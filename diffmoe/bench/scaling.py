@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from diffmoe.bench.cases import Settings, is_dynamic, own_batch, run_config
+from diffmoe.bench.profile import profile_subject
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of, write_bench
 from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, read_scaling, write_table
 from diffmoe.bench.subjects import WARM_UP, Sampling, Shared, Training
@@ -47,7 +48,7 @@ MODULE = "diffmoe.bench.scaling"
 
 
 def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequence[str]) -> list[ScalingCase]:
-    """Return the cases, those of few processes first: they are what the others are compared with.
+    """Return the cases, those of few processes first: they are what the others are compared with. Then weak scaling.
 
     Args:
         runs: `size/system`.
@@ -76,7 +77,7 @@ def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequ
                 batch = own_batch("latent", size, "sample") if device == "cuda" else CPU_BATCH
                 cases.append(dataclasses.replace(first, work="sample", scaling="" if count == 1 else "weak",
                                                  batch=batch))
-    return cases
+    return sorted(cases, key=lambda case: (case.processes, case.scaling == "strong", case.work == "sample"))
 
 
 def configure(case: ScalingCase, settings: Settings) -> RunConfig:
@@ -89,11 +90,13 @@ def configure(case: ScalingCase, settings: Settings) -> RunConfig:
     return run_config(case.bench_case(), settings, further)
 
 
-def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.device, world: World) -> Measured:
+def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.device, world: World,
+            profile: bool = False) -> Measured:
     """Measure a case; every process calls this, and each gets the numbers of the slowest and fullest one.
 
     Args:
         sampled: images of a process in a sampling case.
+        profile: print the kernels of a training step.
     """
     started = time.perf_counter()
     config = configure(case, settings)
@@ -101,6 +104,8 @@ def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.d
     if case.work == "train":
         training = Training(named, config, shared, world)
         samples_ms, facts, images = _time_training(training, settings, device, world), training.facts(), case.batch
+        if profile and (kernels := profile_subject(named, training, device)) and world.is_main:
+            print(kernels)
     else:
         load = "balanced" if is_dynamic(config) else ""
         sampling = Sampling(dataclasses.replace(named, load=load), config, shared)
@@ -126,13 +131,13 @@ def _time_sampling(sampling: Sampling, images: int, device: torch.device, world:
     return time_calls(sampling.call, 1, device)
 
 
-def run_case(case: ScalingCase, settings: Settings, sampled: int, device: str, folder: Path,
-             timeout_s: float) -> Measured:
-    """Run a case in its processes and return what it measured, or why it did not."""
+def run_case(case: ScalingCase, settings: Settings, sampled: int, device: str, folder: Path, timeout_s: float,
+             profile: bool = False) -> Measured:
+    """Run a case in its processes and return what it measured, or why it did not; what it says goes to its log."""
     result, log = folder / "case.json", folder / f"{case.name.replace(' ', '-').replace('/', '-')}.log"
     result.unlink(missing_ok=True)
     order = json.dumps({"case": dataclasses.asdict(case), "settings": to_dict(settings), "sampled": sampled,
-                        "device": device})
+                        "device": device, "profile": profile})
     try:
         code = run_module(log, MODULE, "--case", order, "--json", result, processes=case.processes,
                           timeout_s=timeout_s)
@@ -153,7 +158,7 @@ def _work(order: str, path: Path) -> int:
     device = choose_device(content["device"])
     with join_world(device) as world:
         found = measure(ScalingCase(**content["case"]), from_dict(Settings, content["settings"]), content["sampled"],
-                        device, world)
+                        device, world, content["profile"])
         if world.is_main:
             path.write_text(json.dumps(dataclasses.asdict(found)))
     return 0
@@ -188,7 +193,7 @@ def main(arguments: list[str]) -> int:
         print(f"{number} of {len(cases)}: {case.name} ...", flush=True)
         record.results = [result for result in record.results if result.case != case]
         record.results.append(run_case(case, settings, sampled, device.type, options.out,
-                                       min(options.case_timeout, left)))
+                                       min(options.case_timeout, left), options.profile))
         write_bench(options.out, record)
         print(f"  {record.describe(record.results[-1])}", flush=True)
     if missing := sum(not record.has(case) for case in cases):
@@ -224,6 +229,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS",
                         help="begin nothing new after this long, and end what runs")
     parser.add_argument("--case-timeout", type=float, default=600.0, metavar="SECONDS", help="of one case")
+    parser.add_argument("--profile", action="store_true", help="write the kernels of a training step to a case's log")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=LOCAL, help=f"folder of records (default: {LOCAL})")
     parser.add_argument("--case", help=argparse.SUPPRESS)

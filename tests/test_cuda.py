@@ -101,6 +101,20 @@ def test_the_same_steps_again_give_the_same_bits_in_bf16(system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_never_waits_for_the_gpu(system):
+    config = digits_config(system, "training.precision=bf16", "runtime.compile=true")
+    trainer = Trainer(config, 0, load_data(config.data, config.model), CUDA)
+    for _ in range(EAGER_CALLS + 1):
+        trainer.train_step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_copies_that_train_in_bf16_change_no_bit(system, monkeypatch):
     """But for what the compiler leaves out (it need not round what it reads again) and the order of a norm's sum."""
     config = digits_config(system, "training.precision=bf16", "training.clip_norm=null", "runtime.compile=true",

@@ -6,16 +6,19 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import needs_interpreter, rand
-from processes import tiny_config
+from processes import LOOPBACK, server, tiny_config
 from test_robustness_numbers import make_trainer, spoil_gradient
 from torch import nn
 
 from diffmoe.config import EmaBuffers
 from diffmoe.data import load_data
 from diffmoe.models.kernels import HAS_TRITON
+from diffmoe.training.checkpoint import load_weights, save_weights
+from diffmoe.training.distributed import World
 from diffmoe.training.ema import Ema
-from diffmoe.training.trainer import Trainer
+from diffmoe.training.trainer import GRADIENT_NORM, Trainer
 
 if HAS_TRITON:
     from diffmoe.training.update_kernels import ALIGNED, OnePass, one_pass_applies
@@ -219,6 +222,34 @@ def test_a_trainer_takes_the_same_steps_in_one_pass_and_its_state_is_that_of_ano
         trainer.load_state({name: value.clone() for name, value in saved.items()}, 3)
         trainer.train_step()
     assert_near(alone.state(), plain.state(), 1e-4)
+
+
+def move_shares(rank, folder):
+    """Be one of two processes that train under FSDP, in one pass and by torch's operators; keep both states."""
+    os.environ |= LOOPBACK
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    config = tiny_config("runtime.parallel=fsdp", "model.moe.pool_scope=global", "training.clip_norm=0.05")
+    for one_pass in (True, False):
+        trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), World(rank, 2))
+        if one_pass:
+            trainer.one_pass = OnePass(trainer.optimizer, trainer.clipped, 0.05, trainer.averaged, trainer.trained)
+        norms = [trainer.train_step()[GRADIENT_NORM] for _ in range(3)]
+        state = trainer.state() | {"norms": torch.stack(norms)}
+        if rank == 0:
+            save_weights(folder / f"{one_pass}.safetensors", state, {})
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
+def test_shares_of_two_processes_move_as_torch_moves_them(tmp_path):
+    processes = [server().Process(target=move_shares, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    mine, wanted = (load_weights(tmp_path / f"{one_pass}.safetensors")[0] for one_pass in (True, False))
+    assert_near(mine, wanted, 1e-4)
 
 
 @on_device

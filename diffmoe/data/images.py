@@ -78,7 +78,7 @@ class ImageData:
 
     def draw(self, index: Tensor, rows: slice, *, flip: bool, generator: torch.Generator) -> Tensor:
         """Return images in [-1, 1], as `TrainingData.draw` says."""
-        images = to_model_range(self.images[index[rows].to(self.images.device)])
+        images = to_model_range(self.images[send(index[rows], self.images.device)])
         if not flip:
             return images
         flipped = draw_flips(len(index), generator)[rows]
@@ -86,6 +86,11 @@ class ImageData:
 
     def prefetch(self, index: Tensor) -> None:
         """Do nothing: the images are there."""
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return what lies on the host on `device`; from memory that is not pinned, torch would wait for all GPU work."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def to_model_range(images: Tensor) -> Tensor:

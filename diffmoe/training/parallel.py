@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from diffmoe.models.dit import DiT, ModelOutput
 from diffmoe.moe.routing import Routing
 from diffmoe.training.distributed import World
 from diffmoe.training.graph import compile_blocks
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see the tensors in them and loses gradients
     register_dataclass(output)
@@ -60,7 +63,8 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
     """Shard block by block; in bf16 blocks travel as autocast would cast them, routers and embeddings as they are.
 
-    Routers go with the embeddings, once a step: as groups of their own they would cut the compiled blocks.
+    Routers go with the embeddings: as groups of their own they would cut the compiled blocks. What is gathered stays
+    until the backward has used it, 2 bytes a parameter beside the 16 of weight, moments and average that are shared.
     """
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream keeps its precision, too
     cast = whole
@@ -71,10 +75,10 @@ def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
 
     fully_shard(model, mesh=mesh, mp_policy=whole, ignored_params=set(model.blocks.parameters()) - of_routers())
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=cast, ignored_params=of_routers())
+        fully_shard(block, mesh=mesh, mp_policy=cast, ignored_params=of_routers(), reshard_after_forward=False)
 
 
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def local(tensors: Sequence[T]) -> list[T]:
     """Return what this process holds of each tensor, in the same memory: enough for work entry by entry."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 

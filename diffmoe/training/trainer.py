@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import ConfigError, Parallel, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageOrder, TrainingData
-from diffmoe.data.images import seeded_generator
+from diffmoe.data.images import seeded_generator, send
 from diffmoe.diffusion import build_process
 from diffmoe.models.dit import DiT, ModelOutput, build_model
 from diffmoe.models.kernels import HAS_TRITON
@@ -72,6 +72,7 @@ class Trainer:
         self.seed = seed
         self.device = device
         self.world = world
+        self.shared_out = world.size > 1 and config.runtime.parallel is Parallel.FSDP
         self.micro_batch = micro_batch_size(config, world)
         self.data = data.to(device)
         self.order = ImageOrder(len(data), seed)
@@ -107,6 +108,8 @@ class Trainer:
                                     self.trained)
         assert trained is self.model or self.one_pass is not None, "nobody would move the weights of the copies"
         self.step = 0
+        self.ended: torch.cuda.Event | None = None
+        """Passed by a GPU at the end of the last step."""
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
             self.row_bound = FIRST_ROW_BOUND * config.model.moe.capacity
@@ -122,8 +125,7 @@ class Trainer:
 
         DDP averages them over processes as they are, at half the bytes of float32; FSDP does so in float32.
         """
-        shared_out = self.world.size > 1 and self.config.runtime.parallel is Parallel.FSDP
-        return (self.config.training.precision is Precision.BF16 and not shared_out
+        return (self.config.training.precision is Precision.BF16 and not self.shared_out
                 and self.micro_batch * self.world.size == self.config.training.batch_size)
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class Trainer:
         generator = seeded_generator("step", self.seed, step, device=self.device)
         noise = torch.randn(size, *self.data.shape, generator=generator, device=self.device)
         times = self.process.sample_times(size, generator=generator, device=self.device)
-        labels = self.data.labels[index.to(self.device)]
+        labels = self.data.labels[send(index, self.device)]
         if model.null_label is not None:
             dropped = torch.rand(labels.shape, generator=generator, device=self.device) < model.class_dropout_prob
             labels = torch.where(dropped, model.null_label, labels)
@@ -179,7 +181,15 @@ class Trainer:
             group["lr"] = training.learning_rate * relative * self._warmup_factor()
         self._update(observed, losses.get(GRADIENT_NORM))
         self.step += 1
+        self._wait_for_step_before()
         return {name: loss.clone() for name, loss in losses.items()}
+
+    def _wait_for_step_before(self) -> None:
+        """Let the host run one step ahead of a GPU, so that it never waits for work; no further, for host memory."""
+        if self.device.type == "cuda":
+            before, self.ended = self.ended, torch.cuda.current_stream(self.device).record_event()
+            if before is not None:
+                before.synchronize()
 
     @torch.no_grad()
     def _update(self, observed: list[Tensor], norm: Tensor | None) -> None:
@@ -267,8 +277,9 @@ class Trainer:
         for parameter, trained in zip(self.parameters, self.trained, strict=True):
             if trained.grad is not None:
                 (to_clip if id(parameter) in clipped else others).append(trained.grad)
-        norm = torch.linalg.vector_norm(_norms(to_clip, 2))
-        return torch.stack([norm, *_norms(others, 2)]).isfinite().all(), norm
+        norm = torch.linalg.vector_norm(_norms(local(to_clip), 2))
+        finite = torch.stack([norm, *_norms(local(others), 2)]).isfinite().all()
+        return finite, self.world.sum(norm.square()).sqrt() if self.shared_out else norm
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser.

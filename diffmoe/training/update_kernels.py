@@ -1,4 +1,4 @@
-"""Clipping, AdamW, the moving averages and rounding in one pass over memory, for plain float32 tensors on a GPU.
+"""Clipping, AdamW, the moving averages and rounding in one pass over memory, for float32 tensors on a GPU.
 
     g = c * gradient,  c = min(1, clip / (norm + 1e-6)) where gradients are clipped, else 1
     m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
@@ -11,17 +11,20 @@ and the copy is written too: 18 and 18. Arithmetic is float32; what depends on t
 a tensor. Where the step is broken nothing is written, t among it, and nobody waits to know.
 
 A launch covers all tensors: a table (rows, N) of int64 holds what the kernels know of N tensors, addresses among it,
-and each program works on one block of one tensor.
+and each program works on one block of one tensor. Of what FSDP shares out, a process moves its share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from diffmoe.data.images import send
+from diffmoe.training.parallel import local
 
 BLOCK, NUM_WARPS = 1024, 8
 """Elements of a program, 4 of each tensor in a thread: of bf16 a thread would rather take 8, and 4 of float32; with
@@ -38,10 +41,11 @@ FACTOR, KEPT, RATE, CORRECTION = map(tl.constexpr, range(4))
 """Rows of the numbers (4, N): c, 1 - rate * decay, rate / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
 
 
-def one_pass_applies(tensors: Iterable[Tensor]) -> bool:
-    """Say whether all weights and averages are plain float32 on a GPU: no shares of FSDP."""
+@torch.no_grad()
+def one_pass_applies(tensors: Sequence[Tensor]) -> bool:
+    """Say whether all weights and averages, or what this process holds of them, are plain float32 on a GPU."""
     return all(type(tensor.data) is Tensor and tensor.is_cuda and tensor.dtype is torch.float32
-               and tensor.is_contiguous() for tensor in tensors)
+               and tensor.is_contiguous() for tensor in local(tensors))
 
 
 class OnePass:
@@ -56,6 +60,7 @@ class OnePass:
         trained: what has the gradients, in that order: the parameters themselves, or bf16 copies of them.
     """
 
+    @torch.no_grad()
     def __init__(self, optimizer: torch.optim.AdamW, clipped: Sequence[Tensor], clip_norm: float | None,
                  averages: Sequence[Sequence[Tensor]], trained: Sequence[Tensor]) -> None:
         self.optimizer = optimizer
@@ -68,7 +73,7 @@ class OnePass:
         self.copies = [None if copied is parameter else copied
                        for copied, parameter in zip(trained, self.parameters, strict=True)]
         self.device = self.parameters[0].device
-        sizes = [parameter.numel() for parameter in self.parameters]
+        sizes = [parameter.numel() for parameter in local(self.parameters)]
         chosen = {id(parameter) for parameter in clipped} if clip_norm is not None else set()
         self.is_clipped, self.sizes = [int(id(parameter) in chosen) for parameter in self.parameters], sizes
         counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
@@ -92,7 +97,8 @@ class OnePass:
         assert len(shares) == len(self.averages)
         self._find_addresses()
         groups = self.optimizer.param_groups  # others after loading a state
-        rates = self._send([*shares, *(group["lr"] for group in groups)], torch.float64)
+        rates = [*shares, *(group["lr"] for group in groups)]
+        rates = send(torch.tensor(rates, dtype=torch.float64), self.device)
         group = groups[0]
         beta1, beta2 = group["betas"]
         num_tensors = len(self.parameters)
@@ -106,7 +112,7 @@ class OnePass:
 
     def _find_addresses(self) -> None:
         """Make the state where there is none yet, and the table anew where an address has changed."""
-        gradients = [copied.grad for copied in self.trained]
+        gradients = local([copied.grad for copied in self.trained])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None and parameter not in self.optimizer.state:  # as AdamW's first step does
                 self.optimizer.state[parameter] = {
@@ -114,7 +120,7 @@ class OnePass:
                     "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
         steps, *moments = ([state.get(name) for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in local(tensors)]
                      for tensors in (steps, self.parameters, self.copies, gradients, *moments, *self.averages)]
         if addresses != self.addresses:  # always the same behind a CUDA graph
             assert all(gradient is None or gradient.is_contiguous() for gradient in gradients)
@@ -122,12 +128,7 @@ class OnePass:
             aligned = [int(all(address % VECTOR_BYTES.value == 0 for address in each))
                        for each in zip(*addresses[1:], strict=True)]
             table = [self.is_clipped, self.groups, aligned, self.sizes, *addresses]
-            self.addresses, self.table = addresses, self._send(table, torch.int64)
-
-    def _send(self, values: list, dtype: torch.dtype) -> Tensor:
-        """Copy numbers to the device without waiting for it; torch keeps pinned memory until the copy is made."""
-        pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return pinned.to(self.device, non_blocking=True)
+            self.addresses, self.table = addresses, send(torch.tensor(table, dtype=torch.int64), self.device)
 
 
 @triton.jit

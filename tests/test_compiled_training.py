@@ -16,6 +16,7 @@ def losses_and_gradients(system, device, compiled, *overrides):
     config = digits_config(system, *overrides, f"runtime.compile={str(compiled).lower()}")
     trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device(device))
     randomise(trainer.model)
+    trainer.round_weights()
     batch = trainer.batch(0)
     for _ in range(5 if compiled and device == "cuda" else 1):  # the capture, and replays of it
         losses, _ = trainer.gradients(batch.images, batch.labels, batch.noise, batch.times)

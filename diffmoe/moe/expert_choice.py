@@ -220,14 +220,14 @@ class ExpertChoice(Router):
         num_pools = num_samples * world.size // pool_images
         seen_EPn = rearrange(world.gather(_beside(ranks_SE, logits_SE)), "(p n) e -> e p n", p=num_pools)
         k = tokens_an_expert_takes(seen_EPn.shape[-1], self.num_experts, self.capacity, "a pool")
-        taken_EPn, _ = largest(seen_EPn[:self.num_experts], k)
-        taken_SE = rearrange(taken_EPn, "e p n -> (p n) e")
+        taken_EPn, least_EP = largest(seen_EPn, k)
+        taken_SE = rearrange(taken_EPn[:self.num_experts], "e p n -> (p n) e")
         taken_SE = taken_SE[world.share(len(taken_SE))]
         alone = world.size == 1
         rows = num_pools * k * self.num_experts if alone else row_count(row_bound, *scores_SE.shape)
         routing = Routing.from_mask(taken_SE, scores_SE, num_rows=rows, equal=alone)
         if logits_SE is not None:
-            routing.observed = _least(seen_EPn[self.num_experts:], k).sigmoid().mean(1)
+            routing.observed = least_EP[self.num_experts:].sigmoid().mean(1)
         return routing
 
     def _dynamic(self, x_BTD: Tensor, scores_SE: Tensor, row_bound: float | None) -> Routing:

@@ -25,7 +25,7 @@ from diffmoe.moe.float32 import Float32Linear
 from diffmoe.training.distributed import ALONE, World
 
 if HAS_TRITON:
-    from diffmoe.moe.selection_kernels import lay_out
+    from diffmoe.moe.selection_kernels import lay_out, take_largest
 
 # torch.compile would trace a backward pass under the autocast around the call, also the part that the forward pass left
 # out of it: routers' gradients would be bf16. Off, a gradient has the dtype of its forward product, as without compile.
@@ -198,11 +198,16 @@ class Router(nn.Module, abc.ABC):
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k largest entries along the last axis; of equal ones the first.
+    """Find the k largest entries along the last axis; of equal ones the first. No gradient flows through.
 
     Returns:
         a bool mask with k entries set in each row, and the k-th largest score of each row.
     """
+    scores = scores.detach()
+    if selection_kernels_apply(scores):
+        rows = scores.reshape(-1, scores.shape[-1])
+        taken, kth = take_largest(rows, torch.full((len(rows), 1), k, dtype=torch.int32, device=scores.device))
+        return taken.view(scores.shape), kth.view(scores.shape[:-1])
     kth = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, tied = scores > kth, scores == kth
     wanted = k - above.sum(-1, keepdim=True)

@@ -16,7 +16,7 @@ from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import build_model
 from diffmoe.moe import experts
-from diffmoe.moe.routing import Routing
+from diffmoe.moe.routing import Routing, largest
 from diffmoe.train import CONFIGS
 from diffmoe.training.graph import EAGER_CALLS, release_memory
 from diffmoe.training.trainer import Trainer
@@ -165,6 +165,13 @@ def test_compiled_runs_go_on_without_graphs_where_there_are_no_grouped_products(
         set_threshold(layer.router)
     wanted, got = (sample_images(model, each, range(20)).images.int() for each in (plain, config))
     assert (got - wanted).abs().double().mean() < 2  # of 255; rounding moves a rare token
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5000), (200_000,)])
+def test_the_largest_on_a_gpu_are_those_of_the_host_with_ties(shape):
+    scores = rand(*shape).mul(10).round()
+    for mine, wanted in zip(largest(scores.to(CUDA), 1000), largest(scores, 1000), strict=True):
+        assert torch.equal(mine.cpu(), wanted)
 
 
 STEPS = """

@@ -111,6 +111,8 @@ class Steps:
         bf16 = {name: self._losses(f"bf16 {name}", name, steps, batch) for name in ("alone", "ddp", "fsdp")}
         wide = {name: self._losses(f"bf16 {name}, a batch each", name, steps // 3, batch * self.processes)
                 for name in ("ddp", "fsdp")}
+        apart = max(runs["ddp"]["sums_apart"] for runs in (fp32, bf16, wide))
+        self._at_most("ddp: distance of the sums of the processes' weights", apart, 0)
         for name in ("ddp", "fsdp"):
             difference = max(abs(mine / one - 1) for mine, one in
                              zip(fp32[name]["losses"], fp32["alone"]["losses"], strict=True))
@@ -122,7 +124,7 @@ class Steps:
                 found = wide[name]["images_per_second"] / self.processes / bf16["alone"]["images_per_second"]
                 self.checks.append(Check(f"weak scaling, {name}: efficiency", found, f">= {EFFICIENCY}",
                                          ok=found >= EFFICIENCY))
-        return [{key: value for key, value in run.items() if key != "losses"}
+        return [{key: value for key, value in run.items() if key not in ("losses", "sums_apart")}
                 for runs in (fp32, bf16, wide) for run in runs.values()]
 
     def kill_and_resume(self) -> None:

@@ -1,5 +1,7 @@
 """Train some steps, alone or under torchrun, and write every loss, the throughput and the memory: nothing is kept.
 
+`sums_apart` is how far the sums of the processes' weights are apart in the end: 0 under DDP.
+
     torchrun --nproc-per-node 2 -m diffmoe.rehearsal.losses --steps 20 --json FILE --config FILE ... key=value
 """
 
@@ -19,6 +21,7 @@ from diffmoe.config import load_config
 from diffmoe.data import load_data
 from diffmoe.records import peak_memory_bytes
 from diffmoe.training.distributed import join_world
+from diffmoe.training.parallel import local
 from diffmoe.training.trainer import Trainer
 
 CHUNK = 10
@@ -45,11 +48,13 @@ def main(arguments: list[str]) -> int:
             chunk = [world.mean([trainer.train_step()["mse"]])[0] for _ in range(count)]
             losses += torch.stack(chunk).tolist()
             seconds.append((time.perf_counter() - started) / count)
-        (peak,) = world.largest([float(peak_memory_bytes(device))], device)
+        held = sum(weight.double().sum().item() for weight in local([*trainer.model.parameters()]))
+        peak, most, least = world.largest([float(peak_memory_bytes(device)), held, -held], device)
         if world.is_main:
             speed = config.training.batch_size / statistics.median(seconds)
             options.json.write_text(json.dumps({"losses": losses, "images_per_second": speed,
-                                                "processes": world.size, "peak_memory_bytes": peak}))
+                                                "processes": world.size, "peak_memory_bytes": peak,
+                                                "sums_apart": most + least}))
     return 0
 
 

@@ -34,8 +34,8 @@ for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see th
 def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: World, device: torch.device) -> nn.Module:
     """Make `model` train together with those of the other processes; return the network to call.
 
-    Under FSDP its parameters are replaced by their shares, as are those of the averages, copies of it made before.
-    An optimiser is made afterwards.
+    Gradients are averaged in its backward, but under DDP those of `exact_parameters`. Under FSDP its parameters are
+    replaced by their shares, as are those of the averages, copies of it made before. An optimiser is made afterwards.
 
     Raises:
         ConfigError: for a compiler that is known to get gradients wrong.
@@ -56,8 +56,21 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
     if world.size == 1:
         return model
     torch._dynamo.config.optimize_ddp = False  # would cut the compiled blocks where DDP's buckets end
+    exact = {id(parameter) for parameter in exact_parameters(model)}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, parameter in model.named_parameters() if id(parameter) in exact])
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exact_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the float32 parameters of a model whose others are bf16 copies; of any other model none.
+
+    DDP would fill a bucket with the routers of many blocks, and all gradients behind it would wait for the last one.
+    """
+    parameters = list(model.parameters())
+    mixed = len({parameter.dtype for parameter in parameters}) > 1
+    return [parameter for parameter in parameters if mixed and parameter.dtype is torch.float32]
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:

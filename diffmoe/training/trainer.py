@@ -23,7 +23,7 @@ from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
-from diffmoe.training.parallel import distribute, gathered, local, shared_out, whole
+from diffmoe.training.parallel import distribute, exact_parameters, gathered, local, shared_out, whole
 from diffmoe.training.precision import autocast, dtype_of_products, tf32
 
 if HAS_TRITON:
@@ -88,6 +88,7 @@ class Trainer:
         graphed = on_gpu and world.size == 1 and not self.model.waits_for_device(dtype_of_products(config.training))
         trained = self.model.rounded(torch.bfloat16) if on_gpu and HAS_TRITON and self._rounds() else self.model
         self.network = distribute(trained, averages, config, world, device)
+        self.exact = exact_parameters(trained) if world.size > 1 else []
         apart = config.training.expert_rate != 1
         groups = _groups(self.model, apart)
         self.parameters = list(itertools.chain(*groups))
@@ -257,6 +258,8 @@ class Trainer:
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
+        if exact := [parameter.grad for parameter in self.exact]:
+            torch._foreach_copy_(exact, self.world.mean(exact))
         self.idle_LE.add_(1).mul_(counts_LE == 0)
         objective = sum(total.values())
         if self.one_pass is not None and self.config.training.clip_norm is not None:

@@ -16,6 +16,7 @@ from conftest import rand, random_router
 from processes import LOOPBACK, server
 from test_training import CPU, digits_config
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._pytree import tree_leaves
 
 from diffmoe.config import ConfigError, PoolScope
@@ -42,6 +43,8 @@ CASES = {f"{system} in float64": (system, [FP64, GLOBAL]) for system in SPARSE} 
                                                     "model.moe.router.pool_images=4"]),
     "diffmoe, pools within processes": ("diffmoe", [FP64, GLOBAL, "model.moe.router.pool_images=2"]),
     "diffmoe, experts in turn": ("diffmoe", [FP64, GLOBAL, f"model.moe.router.warmup_steps={STEPS // 2}"]),
+    "diffmoe, micro-batches": ("diffmoe", [FP64, GLOBAL, "model.moe.router.pool_images=2",
+                                           "runtime.micro_batch_size=2"]),
     "diffmoe in float64, fsdp": ("diffmoe", [FP64, GLOBAL, FSDP, "model.depth=4", "training.expert_rate=0.5"]),
     "token_choice in float64, fsdp": ("token_choice", [FP64, GLOBAL, FSDP]),
     "diffmoe in float32": ("diffmoe", [GLOBAL]),
@@ -100,6 +103,8 @@ def cases(rank: int, folder: Path) -> None:
         keep(f"bf16 {parallel}", trained("diffmoe", [*BF16, f"runtime.parallel={parallel}"], world, steps=3))
         keep(f"buffers {parallel}", thresholds_after_gradients(parallel, world))
     keep("shards", shards(world))
+    keep("buckets", {name: torch.tensor(buckets_sent(overrides, world)) for name, overrides in {
+        "whole": [], "parts": ["runtime.micro_batch_size=2"]}.items()})
     for kind in ("diffmoe", "race"):
         router, routing = tied_routing(kind, world)
         mask_SE = routing.mask(64, router.num_experts)  # of 4 images of 16 tokens
@@ -128,6 +133,14 @@ def thresholds_after_gradients(parallel: str, world: World) -> dict[str, Tensor]
     trainer.train_step()
     dist.all_reduce = all_reduce
     return {"kept": kept, "calls": torch.tensor(len(calls))}
+
+
+def buckets_sent(overrides: list[str], world: World) -> int:
+    """Count the buckets of gradients that DDP sends in a step."""
+    trainer, sent = make_trainer("dense", overrides, world), []
+    trainer.network.register_comm_hook(sent, lambda _, bucket: sent.append(bucket) or allreduce_hook(None, bucket))
+    trainer.train_step()
+    return len(sent)
 
 
 def shards(world: World) -> dict[str, Tensor]:
@@ -256,6 +269,11 @@ def test_no_wrapper_touches_thresholds_and_one_all_reduce_serves_all_layers(two,
     kept = found["kept"].unflatten(0, (2, -1))
     assert (kept[0] == 0.25).all() and (kept[1] == 1.25).all()
     assert found["calls"] == 1
+
+
+def test_gradients_are_sent_once_a_step_however_many_micro_batches(two):
+    found = two("buckets")
+    assert found["parts"] == found["whole"] > 0
 
 
 def test_fsdp_halves_weights_average_and_moments_and_keeps_the_router_in_float32(two):

@@ -7,6 +7,7 @@ names and shapes at any number of processes, so that a checkpoint of eight loads
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -61,6 +62,14 @@ def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: Wo
         model, [name for name, parameter in model.named_parameters() if id(parameter) in exact])
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def accumulating(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Return the context of forward and backward of a micro-batch that others follow: DDP sends nothing yet.
+
+    FSDP does, for a process has no room for all gradients.
+    """
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def exact_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -6,6 +6,7 @@ whole batch, of which a process takes its share, in one or several micro-batches
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping
@@ -23,7 +24,15 @@ from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
-from diffmoe.training.parallel import distribute, exact_parameters, gathered, local, shared_out, whole
+from diffmoe.training.parallel import (
+    accumulating,
+    distribute,
+    exact_parameters,
+    gathered,
+    local,
+    shared_out,
+    whole,
+)
 from diffmoe.training.precision import autocast, dtype_of_products, tf32
 
 if HAS_TRITON:
@@ -248,8 +257,9 @@ class Trainer:
         counts_LE = torch.zeros_like(self.idle_LE, dtype=torch.int64)
         for part in range(num_parts):
             rows = batch.rows(slice(part * self.micro_batch, (part + 1) * self.micro_batch))
-            losses, output = self.losses(rows)
-            (sum(losses.values()) / num_parts).backward()
+            with accumulating(self.network) if part < num_parts - 1 else contextlib.nullcontext():
+                losses, output = self.losses(rows)
+                (sum(losses.values()) / num_parts).backward()
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
             if self.row_bound is not None:

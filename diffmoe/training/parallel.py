@@ -88,6 +88,8 @@ def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
     Routers go with the embeddings: as groups of their own they would cut the compiled blocks. What is gathered stays
     until the backward has used it, 2 bytes a parameter beside the 16 of weight, moments and average that are shared.
     """
+    # Tokens and pairs that a block returns are views; nobody writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream keeps its precision, too
     cast = whole
     if precision is Precision.BF16:

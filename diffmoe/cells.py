@@ -32,6 +32,7 @@ from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure, sampling_floor
 from diffmoe.evaluation.sampling import Samples, compile_ahead, sample_images
+from diffmoe.launch import train_together
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
 from diffmoe.records import Record, environment, read_records, write_record
@@ -262,12 +263,13 @@ def gpu_turn(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: torch.device, *,
-             deadline: float = math.inf, turn: Turn = nullcontext,
+             processes: int = 1, deadline: float = math.inf, turn: Turn = nullcontext,
              progress: Progress = lambda step, losses: None) -> Record:
     """Train, sample and measure one cell; write and return its record.
 
     Args:
         scale: name of the scale, for the record.
+        processes: that train; with more than one in processes of their own.
         deadline: value of `time.monotonic()` at which training saves itself and stops.
         turn: taken once, as `gpu_turn` does, and held while the network trains, samples and is looked into; compiling
             and measuring may overlap with other cells' work.
@@ -278,6 +280,8 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
     """
     config = cell.row.config
     folder = store.run_folder(cell, data)
+    if processes > 1 and not is_trained(config, folder):
+        train_together(config, cell.seed, folder, processes, deadline)
     compile_ahead(config, device, doublings=SWEEP_DOUBLINGS if cell.row.threshold_sweep else 1)
     release_memory(device)
     if device.type == "cuda":
@@ -313,7 +317,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         data={"name": data.name, "digest": data.digest, "num_images": len(data)},
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
                   "seconds": run.description["seconds"], "images_per_second": run.images_per_second(),
-                  "losses": run.losses()},
+                  "processes": run.description.get("processes", 1), "losses": run.losses()},
         sampling={"num_samples": len(samples.images), "seconds": sampling_s},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s,
                     "reference": reference_digest(config.evaluation, data),

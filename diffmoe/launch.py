@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+
+import yaml
+
+from diffmoe.config import ConfigError, RunConfig, to_dict
+from diffmoe.training.run import CONFIG_FILE, Interrupted
+from diffmoe.training.signals import Signals
 
 
 def command(*arguments: object, processes: int = 1) -> list[str]:
@@ -34,3 +43,30 @@ def run_module(log: Path, *arguments: object, processes: int = 1, timeout_s: flo
         finally:
             job.terminate()  # torchrun ends its processes then; nothing where it has ended
             job.wait()
+
+
+def train_together(config: RunConfig, seed: int, folder: Path, processes: int, deadline: float = math.inf) -> None:
+    """Train a run by several processes of this machine, to where `train_run` finds it finished.
+
+    Args:
+        deadline: value of `time.monotonic()` at which they save themselves and stop.
+
+    Raises:
+        ConfigError: when they fail; what they say goes to this process's output.
+        Interrupted: after SIGTERM, SIGINT or the deadline.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    train = command("diffmoe.train", "--config", folder / CONFIG_FILE, "--seed", seed, "--out", folder,
+                    processes=processes)
+    code = None
+    with Signals() as signals, subprocess.Popen(train, env=variables()) as job:
+        with signals.ending_waits(), suppress(subprocess.TimeoutExpired):
+            if signals.received is None:
+                code = job.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
+        job.terminate()  # torchrun tells its processes, which save themselves; nothing where it has ended
+    if code is None:
+        raise Interrupted(signals.received)
+    if code:
+        raise ConfigError(f"{folder}: {processes} processes ended with exit code {code}; they say above why, and the "
+                          "same command goes on")

@@ -73,6 +73,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N",
                         help="processes at work at a time (default: one a GPU, else one a core); on one GPU they take "
                              "turns, and one measures while another trains")
+    parser.add_argument("--processes", type=int, default=1, metavar="N",
+                        help="train each network by N processes, a GPU each, one network after another (default: 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true",
@@ -107,6 +109,9 @@ def main(arguments: list[str]) -> int:
     groups = group_by_training(cells)
     processors = len(visible_gpus()) if device.type == "cuda" else cpu_count()
     jobs = min(options.jobs or processors, max(1, len(cells)))
+    if options.processes > 1:
+        require(options.jobs in (None, 1), "--jobs", options.jobs, "with --processes, networks train one after another")
+        jobs = 1
     wanted = len(rows) * options.seeds
     print(f"{len(rows)} rows x {options.seeds} seeds: {wanted - len(cells)} cells recorded, {len(cells)} to run, "
           f"{jobs} at a time; {estimate(groups, jobs, published)}", flush=True)
@@ -115,7 +120,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {cell.record_id(data)}")
         return 0
     if cells:
-        run = partial(run_cell, scale=options.scale, data=data, store=store, device=device,
+        run = partial(run_cell, scale=options.scale, data=data, store=store, device=device, processes=options.processes,
                       turn=partial(gpu_turn, store.folder, device),
                       deadline=time.monotonic() + 60 * options.time_budget)
         with Tracker(options.track, options.scale, [row.config for row in rows]) as tracker, ExitStack() as stack:

@@ -29,7 +29,7 @@ from diffmoe.cells import (
     sampling_floors,
 )
 from diffmoe.cli import run_command
-from diffmoe.config import ConfigError, digest
+from diffmoe.config import ConfigError, PoolScope, digest
 from diffmoe.data import load_data
 from diffmoe.evaluation.metrics import measure
 from diffmoe.evaluation.sampling import Samples
@@ -37,6 +37,7 @@ from diffmoe.models.counting import count_parameters
 from diffmoe.records import read_records, write_record
 from diffmoe.train import CONFIGS
 from diffmoe.training.checkpoint import load_weights
+from diffmoe.training.run import Interrupted
 
 ROWS = CONFIGS.parents[1] / "baselines" / "table1.yaml"
 SMALL = ["training.batch_size=16", "training.num_images=64", "sampling.num_steps=2", "evaluation.num_samples=40",
@@ -284,6 +285,28 @@ def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measur
         assert all(point["distance"] == point["capacity"] for point in record.threshold_sweep) and len(taken) == turns
         assert all(point["FD-other"] == 1 for point in record.threshold_sweep)
         assert record.diagnosis == measured[1]["ec-dynamic"].diagnosis
+
+
+def test_a_cell_trained_by_two_processes_is_that_of_one_and_is_measured_here(rows, data, tmp_path):
+    row = rows["diffmoe"]
+    model = replace(row.config.model, moe=replace(row.config.model.moe, pool_scope=PoolScope.GLOBAL))
+    row = replace(row, config=replace(row.config, model=model, runtime=replace(row.config.runtime, device="cpu")))
+    store, cell = Store(tmp_path / "two"), Cell(row, 0)
+    with pytest.raises(Interrupted):
+        run_cell(cell, "digits", data, store, CPU, processes=2, deadline=0.0)
+    assert not store.has(cell, data)
+    two = run_cell(cell, "digits", data, store, CPU, processes=2)
+    one = run_cell(cell, "digits", data, Store(tmp_path / "one"), CPU)
+    assert (two.training["processes"], one.training["processes"]) == (2, 1)
+    for (step, mine), (wanted_step, wanted) in zip(two.training["losses"], one.training["losses"], strict=True):
+        assert step == wanted_step and mine == pytest.approx(wanted, rel=1e-4)
+    assert two.metrics["distance"] == pytest.approx(one.metrics["distance"], rel=1e-2)
+
+
+def test_processes_that_fail_are_one_line(rows, data, tmp_path):
+    cell = Cell(rows["diffmoe"], 0)  # whose pool would be cut
+    with pytest.raises(ConfigError, match="2 processes ended with exit code 1"):
+        run_cell(cell, "digits", data, Store(tmp_path), CPU, processes=2)
 
 
 def test_one_process_of_a_folder_at_a_time_has_the_gpu(tmp_path, monkeypatch):

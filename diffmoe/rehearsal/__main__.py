@@ -84,8 +84,8 @@ class Steps:
         self.latents, self.run = self.work / "latents", self.work / "run"
         self.reference, self.inception = self.work / "reference.npz", self.work / "inception.pth"
         self.settings = [*self.size.model, f"model.input_size={self.size.side // FACTOR}",
-                         f"model.num_classes={CLASSES}", "model.moe.pool_scope=global", f"data.path={self.latents}",
-                         f"data.vae={self.vae}", f"runtime.device={device.type}"]
+                         f"model.num_classes={CLASSES}", f"data.path={self.latents}", f"data.vae={self.vae}",
+                         f"runtime.device={device.type}"]
 
     def materials(self) -> None:
         """Make pictures, autoencoder, reference batch and Inception."""

@@ -36,7 +36,7 @@ from diffmoe.training.watch import Watch
 
 LOG_EVERY = 25
 """Steps between two lines of losses.jsonl; reading losses waits for the device."""
-LOG_FILE = "losses.jsonl"
+LOG_FILE, CONFIG_FILE = "losses.jsonl", "config.yaml"
 LOG_FIELDS = ("step", "images", "seconds", "images_per_second", "learning_rate")
 """What a line of losses.jsonl holds besides the losses; the throughput is that since the line before."""
 SAVE_EVERY_S = 60.0
@@ -157,7 +157,7 @@ class _Run:
         self.next_meeting, self.last_meeting = 0, (self.trainer.step, time.monotonic())
         if world.is_main:
             text = yaml.safe_dump(to_dict(config), sort_keys=False)
-            write_whole(folder / "config.yaml", lambda aside: aside.write_text(text))
+            write_whole(folder / CONFIG_FILE, lambda aside: aside.write_text(text))
         self.losses, self.events = (JsonLines(folder / name if world.is_main else None, self.trainer.step)
                                     for name in (LOG_FILE, "events.jsonl"))
 
@@ -292,7 +292,7 @@ class _Run:
 
     def _describe(self) -> dict[str, Any]:
         return self.identity | {"config": shareable(self.config), "step": self.trainer.step,
-                                "watch": self.watch.state(),
+                                "watch": self.watch.state(), "processes": self.world.size,
                                 "seconds": self.seconds + time.monotonic() - self.started}
 
     def _save(self, *, final: bool = False) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import rand, random_router
+from conftest import rand, random_router, randomise
 from processes import LOOPBACK, server
 from test_training import CPU, digits_config
 from torch import Tensor
@@ -25,7 +25,7 @@ from diffmoe.models.dit import ModelOutput
 from diffmoe.moe.routing import Router, Routing, largest
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.distributed import ALONE, World
-from diffmoe.training.parallel import local
+from diffmoe.training.parallel import distribute, exact_parameters, local
 from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer, micro_batch_size
 
@@ -103,6 +103,7 @@ def cases(rank: int, folder: Path) -> None:
         keep(f"bf16 {parallel}", trained("diffmoe", [*BF16, f"runtime.parallel={parallel}"], world, steps=3))
         keep(f"buffers {parallel}", thresholds_after_gradients(parallel, world))
     keep("shards", shards(world))
+    keep("copies", gradients_of_copies(world))
     keep("buckets", {name: torch.tensor(buckets_sent(overrides, world)) for name, overrides in {
         "whole": [], "parts": ["runtime.micro_batch_size=2"]}.items()})
     for kind in ("diffmoe", "race"):
@@ -141,6 +142,19 @@ def buckets_sent(overrides: list[str], world: World) -> int:
     trainer.network.register_comm_hook(sent, lambda _, bucket: sent.append(bucket) or allreduce_hook(None, bucket))
     trainer.train_step()
     return len(sent)
+
+
+def gradients_of_copies(world: World) -> dict[str, Tensor]:
+    """Return the gradients of bf16 copies, and of what stays float32 beside them, of each process behind a backward."""
+    trainer = make_trainer("diffmoe", BF16)
+    copied = randomise(trainer.model).rounded(torch.bfloat16)
+    trainer.network = distribute(copied, [], trainer.config, world, CPU)
+    losses, _ = trainer.losses(trainer.batch(0, world.share(8)))
+    sum(losses.values()).backward()
+    exact = exact_parameters(copied)
+    others = [parameter for parameter in copied.parameters() if all(parameter is not one for one in exact)]
+    return {name: world.gather(torch.cat([parameter.grad.float().flatten() for parameter in parameters])[None])
+            for name, parameters in {"exact": exact, "copies": others}.items()}
 
 
 def shards(world: World) -> dict[str, Tensor]:
@@ -269,6 +283,12 @@ def test_no_wrapper_touches_thresholds_and_one_all_reduce_serves_all_layers(two,
     kept = found["kept"].unflatten(0, (2, -1))
     assert (kept[0] == 0.25).all() and (kept[1] == 1.25).all()
     assert found["calls"] == 1
+
+
+def test_ddp_averages_the_gradients_of_copies_and_leaves_those_in_float32_to_the_trainer(two):
+    found = two("copies")
+    assert torch.equal(*found["copies"]) and found["copies"].norm() > 0
+    assert not torch.equal(*found["exact"])
 
 
 def test_gradients_are_sent_once_a_step_however_many_micro_batches(two):

@@ -61,6 +61,22 @@ class Batch:
         return Batch(self.images[part], self.labels[part], self.noise[part], self.times[part])
 
 
+class Fetched:
+    """A number on its way from a GPU to the host, which waits for it alone and not for what is enqueued behind it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number, self.arrived = number, None
+        if number.device.type == "cuda":
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.current_stream(number.device).record_event()
+
+    def value(self) -> float:
+        """Wait for the number and return it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.number.item()
+
+
 class Trainer:
     """Trains one configuration with one seed.
 
@@ -123,6 +139,8 @@ class Trainer:
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
             self.row_bound = FIRST_ROW_BOUND * config.model.moe.capacity
+        self.overflow: Fetched | None = None
+        """Layers and processes of the last forward whose pairs had too few rows."""
         self.objective = torch.zeros((), device=device)
         """Sum of the last step's losses, mean over processes; not finite when the step changed nothing."""
         layers = self.model.moe_layers()
@@ -233,21 +251,19 @@ class Trainer:
 
     def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""
-        losses, observed = self.gradients(*inputs)
-        observed = self.world.mean(observed)
-        if self.row_bound is None:
-            return losses, observed
-        *observed, overflow = observed
-        if overflow > 0:  # one wait for the device a step, where counting rows would be one a layer
+        losses, observed, counts_LE = self.gradients(*inputs)
+        if self.overflow is not None and self.overflow.value() > 0:
             self.row_bound *= 2
             return self._gradients_of_all_pairs(*inputs)
-        return losses, observed
+        self.idle_LE.add_(1).mul_(counts_LE == 0)
+        return losses, self.world.mean(observed)
 
-    def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
         """Set the gradients of a batch (its four tensors).
 
         Returns:
-            its losses; and their sum, NaN if a gradient is not finite, before what the routers observed.
+            its losses; their sum, NaN if a gradient is not finite, before what the routers observed; and the tokens of
+            each layer's experts.
         """
         batch = Batch(*inputs)
         num_parts = len(batch.images) // self.micro_batch
@@ -255,22 +271,23 @@ class Trainer:
         total: dict[str, Tensor] = {}
         observed: list[Tensor] = []
         counts_LE = torch.zeros_like(self.idle_LE, dtype=torch.int64)
+        overflow = torch.zeros((), device=self.device)
         for part in range(num_parts):
             rows = batch.rows(slice(part * self.micro_batch, (part + 1) * self.micro_batch))
             with accumulating(self.network) if part < num_parts - 1 else contextlib.nullcontext():
                 losses, output = self.losses(rows)
+                if self.row_bound is not None:
+                    overflow += sum(routing.overflow for routing in output.routings if routing.overflow is not None)
+                    if part == num_parts - 1:  # fetched while the backward runs: the GPU always has work then
+                        self.overflow = Fetched(self.world.sum(overflow))
                 (sum(losses.values()) / num_parts).backward()
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
-            if self.row_bound is not None:
-                overflows = [routing.overflow for routing in output.routings if routing.overflow is not None]
-                seen.append(sum(overflows, torch.zeros((), device=self.device)))
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
         if exact := [parameter.grad for parameter in self.exact]:
             torch._foreach_copy_(exact, self.world.mean(exact))
-        self.idle_LE.add_(1).mul_(counts_LE == 0)
         objective = sum(total.values())
         if self.one_pass is not None and self.config.training.clip_norm is not None:
             finite, total[GRADIENT_NORM] = self._finite_and_norm()
@@ -278,7 +295,7 @@ class Trainer:
             gradients = local([parameter.grad for parameter in self.network.parameters() if parameter.grad is not None])
             held = [gradient for gradient in gradients if gradient.numel()]  # a share may be empty
             finite = _norms(held, math.inf).isfinite().all()
-        return total, [objective.masked_fill(~finite, math.nan), *observed]
+        return total, [objective.masked_fill(~finite, math.nan), *observed], counts_LE
 
     def _finite_and_norm(self) -> tuple[Tensor, Tensor]:
         """Say whether all gradients are finite, and return the norm of those to be clipped, reading them once.

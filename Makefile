@@ -45,6 +45,8 @@ check-results: setup
 	$(BIN)/python -m ablations.report results/digits/ablations --check
 	$(BIN)/python -m ablations.report results/cifar10/ablations --check
 	$(BIN)/python -m diffmoe.bench --report results/bench --check
+	$(BIN)/python -m diffmoe.bench.scaling_report results/bench --check
+	$(BIN)/python -m diffmoe.rehearsal.report results/rehearsal --check
 	$(BIN)/python tests/reliability.py results/reliability --check
 	$(BIN)/python -m diffmoe.report.readme --check
 

@@ -34,9 +34,10 @@ def record(*results: Measured, peak: float | None = None) -> ScalingRecord:
 
 def test_the_cases_compare_each_number_of_gpus_with_one() -> None:
     cases = scaling.list_cases(["L/dense", "L-E16/diffmoe"], [8, 1], "cuda", ["train", "sample"])
-    assert [case.processes for case in cases] == [1] * 4 + [8] * (4 + 8 + 2)
+    assert [case.processes for case in cases] == [1] * 4 + [8] * (5 + 9 + 2)
     dense = [case for case in cases if case.system == "dense" and case.work == "train" and case.processes == 8]
     assert {(case.scaling, case.parallel, case.pool_scope, case.batch) for case in dense} == {
+        ("weak", "apart", "", 1024),
         ("weak", "ddp", "", 1024), ("weak", "fsdp", "", 1024), ("strong", "ddp", "", 128), ("strong", "fsdp", "", 128)}
     scopes = {(case.scaling, case.parallel, case.pool_scope) for case in cases if case.pool_scope}
     assert {case.scaling for case in cases if case.work == "sample" and case.processes == 8} == {"weak"}
@@ -76,11 +77,18 @@ def test_one_process_measures_its_case(work: str, images: int) -> None:
     assert found.calls == (1 if work == "sample" else 5) and found.flops_per_image > 0 and found.peak_bytes > 0
 
 
-def test_two_processes_measure_their_case(tmp_path: Path) -> None:
-    case = dataclasses.replace(CASE, processes=2, scaling="strong", parallel="ddp", pool_scope="process")
+@pytest.mark.parametrize("how", [{"scaling": "strong", "parallel": "ddp", "pool_scope": "process"},
+                                 {"scaling": "weak", "parallel": "apart", "batch": 16}])
+def test_two_processes_measure_their_case(how: dict[str, object], tmp_path: Path) -> None:
+    case = dataclasses.replace(CASE, processes=2, **how)
     found = scaling.run_case(case, SETTINGS, 6, "cpu", tmp_path, 240)
     assert found.case == case and found.status == "ok", found.message
-    assert found.images == 8 and found.calls >= 5
+    assert found.images == case.batch and found.calls >= 5
+
+
+def test_apart_each_trains_what_one_alone_does() -> None:
+    apart = dataclasses.replace(CASE, processes=2, batch=16, scaling="weak", parallel="apart")
+    assert scaling.configure(apart, SETTINGS) == scaling.configure(CASE, SETTINGS)
 
 
 def test_why_a_case_failed_is_in_its_result(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         scaling.main(command)
     assert scaling.main(command) == 0
-    assert len(ran) == 1 + 5 and ran[1] == ran[2]  # the interrupted one again, the first one not
+    assert len(ran) == 1 + 6 and ran[1] == ran[2]  # the interrupted one again, the first one not
     (path,) = tmp_path.glob("scaling-*.json")
     assert [found.case.name for found in read_scaling(path).results] == [ran[0], *ran[2:]]
     assert scaling_report.main([str(tmp_path), "--check"]) == 0

@@ -4,7 +4,8 @@
     python -m diffmoe.bench.scaling --gpus 1,2 --time-budget 300 --out FOLDER
 
 Each case is a run of its own, under torchrun where it has several processes. Training has a batch for each GPU (weak
-scaling) or the one GPU's batch for all (strong), by DDP and by FSDP2, with pools of a process and of all processes.
+scaling) or the one GPU's batch for all (strong), by DDP and by FSDP2, with pools of a process and of all processes; and
+apart, a model for each GPU: what is lost there is lost to the host or the slowest card, and not to communication.
 Sampling has as many images for each GPU, 50,000 for the most of them. One call is one record, scaling-*.json, written
 again after each case; the same command on the same commit and hardware goes on with what is not measured.
 """
@@ -28,14 +29,14 @@ import torch
 from diffmoe.bench.cases import Settings, is_dynamic, own_batch, run_config
 from diffmoe.bench.profile import profile_subject
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of, write_bench
-from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, read_scaling, write_table
+from diffmoe.bench.scaling_report import APART, Measured, ScalingCase, ScalingRecord, read_scaling, write_table
 from diffmoe.bench.subjects import WARM_UP, Sampling, Shared, Training
 from diffmoe.bench.timing import spread, time_calls
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import Parallel, PoolScope, Precision, RunConfig, from_dict, require, to_dict
 from diffmoe.launch import run_module
 from diffmoe.records import environment, peak_memory_bytes
-from diffmoe.training.distributed import World, join_world
+from diffmoe.training.distributed import ALONE, World, join_world
 
 GPUS = (1, 2, 4, 8)
 RUNS = {"cuda": ("L/dense", "B-E16/diffmoe", "L-E16/diffmoe"), "cpu": ("nano/dense", "nano-E4/diffmoe")}
@@ -69,10 +70,11 @@ def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequ
             first = ScalingCase(work="train", size=size, system=system, processes=count, batch=batch)
             if "train" in work:
                 cases += [first] if count == 1 else [
+                    dataclasses.replace(first, scaling="weak", parallel=APART, batch=batch * count), *(
                     dataclasses.replace(first, scaling=scaling, parallel=parallel, pool_scope=scope,
                                         batch=batch * (count if scaling == "weak" else 1))
                     for scaling in ("weak", "strong") for parallel in map(str, Parallel)
-                    for scope in (map(str, PoolScope) if system == "diffmoe" else ("",))]
+                    for scope in (map(str, PoolScope) if system == "diffmoe" else ("",)))]
             if "sample" in work:
                 batch = own_batch("latent", size, "sample") if device == "cuda" else CPU_BATCH
                 cases.append(dataclasses.replace(first, work="sample", scaling="" if count == 1 else "weak",
@@ -81,7 +83,9 @@ def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequ
 
 
 def configure(case: ScalingCase, settings: Settings) -> RunConfig:
-    """Return the run of a case."""
+    """Return the run of a case: of each of its models."""
+    if case.parallel == APART:
+        case = dataclasses.replace(case, parallel="", batch=case.batch // case.processes)
     further = [f"runtime.parallel={case.parallel}"] if case.parallel else []
     if case.pool_scope:
         further.append(f"model.moe.pool_scope={case.pool_scope}")
@@ -102,7 +106,7 @@ def measure(case: ScalingCase, settings: Settings, sampled: int, device: torch.d
     config = configure(case, settings)
     named, shared = case.bench_case(), Shared(device)
     if case.work == "train":
-        training = Training(named, config, shared, world)
+        training = Training(named, config, shared, ALONE if case.parallel == APART else world)
         samples_ms, facts, images = _time_training(training, settings, device, world), training.facts(), case.batch
         if profile and (kernels := profile_subject(named, training, device)) and world.is_main:
             print(kernels)

@@ -33,6 +33,8 @@ from diffmoe.training.checkpoint import write_whole
 SCHEMA = 1
 TABLE, FIGURE = "scaling.md", "scaling.png"
 WEAK = "train", "weak"
+APART = "apart"
+"""As `parallel`: each process trains a model of its own, beside the others."""
 TARGETS = {2: 0.95, 4: 0.95, 8: 0.93}
 """Weak-scaling efficiency to reach, by the number of GPUs."""
 HEADER = ["work", "network", "GPUs", "scaling", "by", "pool", "batch", "images/s", "ms", "efficiency", "MFU",
@@ -53,7 +55,7 @@ class ScalingCase:
     scaling: str = ""
     """weak: a batch for each process. strong: the same work for any number. Empty: one process."""
     parallel: str = ""
-    """ddp or fsdp, in training by several."""
+    """ddp, fsdp or apart, in training by several."""
     pool_scope: str = ""
     """Whose tokens a pool holds, in training by several: those of a process, or of all (global)."""
 
@@ -186,8 +188,9 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
     goal = ", ".join(f"{share:.0%} at {count}" for count, share in TARGETS.items())
     sections = ["# Scaling over the GPUs of one machine\n\nMade from the records beside it by `python -m "
                 "diffmoe.bench.scaling_report`. Efficiency: images/s of a GPU over those of one GPU alone, whose step "
-                f"has no word for others to wait for; weak scaling is to reach {goal}. Milliseconds: medians with "
-                "quartiles, of the slowest process. MFU: of each GPU."]
+                f"has no word for others to wait for; weak scaling is to reach {goal}. Apart: each GPU trains a model "
+                "of its own, so that what is lost is not lost to communication. Milliseconds: medians with quartiles, "
+                "of the slowest process. MFU: of each GPU."]
     for record in records:
         found, settings = record.environment, record.settings
         sections.append(
@@ -199,11 +202,12 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
 
 
 def draw(record: ScalingRecord) -> Figure:
-    """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling."""
+    """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling, if measured."""
     set_theme()
-    panels = {"training, weak": WEAK, "training, strong": ("train", "strong"),
-              "sampling": ("sample", "weak")}
-    figure, grid = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, layout="constrained")
+    panels = {"training, weak": WEAK, "training, strong": ("train", "strong"), "sampling": ("sample", "weak")}
+    measured = {(result.case.work, result.case.scaling) for result in record.results if result.status == OK}
+    panels = {title: kind for title, kind in panels.items() if kind in measured or kind == WEAK}
+    figure, (grid,) = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
     networks = list(dict.fromkeys(result.case.network for result in record.results))
     for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
         lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}

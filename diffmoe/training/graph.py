@@ -71,7 +71,8 @@ class Graphed(Generic[Outputs]):
             torch.cuda.current_stream().wait_stream(self.stream)
             return self.outputs
         if self.calls == EAGER_CALLS + 1:
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # Other threads may call CUDA meanwhile: the one that watches NCCL's collectives does.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs

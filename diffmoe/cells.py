@@ -31,7 +31,8 @@ from diffmoe.evaluation.diagnosis import diagnose
 from diffmoe.evaluation.extractors import INCEPTION, distance_name, weights_file
 from diffmoe.evaluation.grid import examples, save_class_grid
 from diffmoe.evaluation.metrics import check_counts, frechet_distance, measure, sampling_floor
-from diffmoe.evaluation.sampling import Samples, compile_ahead, sample_images
+from diffmoe.evaluation.sampling import Samples, compile_ahead
+from diffmoe.evaluation.together import sample_together
 from diffmoe.launch import train_together
 from diffmoe.models.counting import count_parameters, flops_per_call
 from diffmoe.models.dit import DiT
@@ -269,7 +270,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
 
     Args:
         scale: name of the scale, for the record.
-        processes: that train; with more than one in processes of their own.
+        processes: that train and sample; with more than one in processes of their own.
         deadline: value of `time.monotonic()` at which training saves itself and stops.
         turn: taken once, as `gpu_turn` does, and held while the network trains, samples and is looked into; compiling
             and measuring may overlap with other cells' work.
@@ -295,11 +296,11 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         take_turn()
         model = calibrate_thresholds(average, config, cell.seed, data)
         started = time.perf_counter()
-        samples = sample_images(model, config, range(config.evaluation.num_samples))
+        samples = sample_together(model, config, range(config.evaluation.num_samples), processes)
         sampling_s = time.perf_counter() - started
         described = environment(device)  # first: steps that are not compiled hold another memory than the row's
         diagnosis = _diagnosis(cell, model, data)
-        drawn = _draw_sweep(model, config) if cell.row.threshold_sweep else []
+        drawn = _draw_sweep(model, config, processes) if cell.row.threshold_sweep else []
     del average, model
     release_memory(device)
     grids = store.folder / "samples"
@@ -318,7 +319,7 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         training={"steps": run.description["step"], "images": run.description["step"] * config.training.batch_size,
                   "seconds": run.description["seconds"], "images_per_second": run.images_per_second(),
                   "processes": run.description.get("processes", 1), "losses": run.losses()},
-        sampling={"num_samples": len(samples.images), "seconds": sampling_s},
+        sampling={"num_samples": len(samples.images), "seconds": sampling_s, "processes": processes},
         evaluation={"extractor": config.evaluation.extractor, "seconds": evaluation_s,
                     "reference": reference_digest(config.evaluation, data),
                     "distance_name": distance_name(config.evaluation.extractor),
@@ -434,14 +435,14 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
     return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
-def _draw_sweep(model: DiT, config: RunConfig) -> list[tuple[float, Samples, float]]:
+def _draw_sweep(model: DiT, config: RunConfig, processes: int) -> list[tuple[float, Samples, float]]:
     """Return each threshold with its samples, all held at once, and their seconds; the model keeps the last."""
     drawn = []
     for threshold in SWEEP_THRESHOLDS:
         for layer in model.moe_layers().values():
             layer.router.threshold.fill_(threshold)  # `global_threshold` is a constant, compiled anew for each value
         started = time.perf_counter()
-        samples = sample_images(model, config, range(config.evaluation.num_samples))
+        samples = sample_together(model, config, range(config.evaluation.num_samples), processes)
         drawn.append((threshold, samples, time.perf_counter() - started))
     return drawn
 

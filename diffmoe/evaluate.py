@@ -33,13 +33,14 @@ from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData, load_data
 from diffmoe.evaluation.extractors import distance_name
 from diffmoe.evaluation.grid import save_each
-from diffmoe.evaluation.sampling import sample_images
+from diffmoe.evaluation.together import sample_together
 from diffmoe.models.counting import flops_per_call
 from diffmoe.records import environment
 from diffmoe.sample import Trained, load_trained
 
 
-def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path | None = None) -> dict[str, Any]:
+def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path | None = None,
+             processes: int = 1) -> dict[str, Any]:
     """Draw and measure samples; return plain data of the names that a record has.
 
     Args:
@@ -47,6 +48,7 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
         data: the images that they were trained on; None where the configuration names a reference file.
         cache: folder for the features of `data`.
         images: folder for a PNG file of each sample, named by its seed.
+        processes: that draw the samples.
 
     Raises:
         ConfigError: for what cannot be measured or written.
@@ -54,7 +56,7 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
     config, device = trained.config, choose_device(trained.config.runtime.device)
     seeds = range(config.evaluation.num_samples)
     started = time.perf_counter()
-    samples = sample_images(trained.model(device), config, seeds)
+    samples = sample_together(trained.model(device), config, seeds, processes)
     sampled = time.perf_counter()
     metrics = measure_samples(samples, config, data, cache, device)
     measured = time.perf_counter()
@@ -69,7 +71,7 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
         "seed": trained.description["seed"], "steps": trained.description["step"],
         "data": {"name": config.data.name, "digest": trained.description["data_digest"]}
                 | ({} if data is None else {"num_images": len(data)}),
-        "sampling": {"num_samples": len(seeds), "seconds": sampled - started},
+        "sampling": {"num_samples": len(seeds), "seconds": sampled - started, "processes": processes},
         "evaluation": {"extractor": config.evaluation.extractor, "seconds": measured - sampled,
                        "reference": reference_digest(config.evaluation, data),
                        "distance_name": distance_name(config.evaluation.extractor),
@@ -125,6 +127,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--save-images", type=Path, metavar="FOLDER", help="write each sample as <seed>.png")
     parser.add_argument("--cache", type=Path, metavar="FOLDER",
                         help="features of the real images (default: results/<data>/local/cache)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N",
+                        help="draw the samples by N processes, a GPU each (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)  # keys and options in any order
@@ -150,7 +154,7 @@ def main(arguments: list[str]) -> int:
             _make_writable(option, folder)
     if options.json is not None and options.json.is_dir():
         raise ConfigError(f"--json {options.json}: a folder; name a file")
-    result = evaluate(trained, data, cache, options.save_images)
+    result = evaluate(trained, data, cache, options.save_images, options.processes)
     print(summary(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

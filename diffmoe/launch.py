@@ -55,12 +55,29 @@ def train_together(config: RunConfig, seed: int, folder: Path, processes: int, d
         ConfigError: when they fail; what they say goes to this process's output.
         Interrupted: after SIGTERM, SIGINT or the deadline.
     """
+    write_config(folder, config)
+    run_together("diffmoe.train", "--config", folder / CONFIG_FILE, "--seed", seed, "--out", folder,
+                 processes=processes, deadline=deadline)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write a configuration to where the processes of a folder find it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    train = command("diffmoe.train", "--config", folder / CONFIG_FILE, "--seed", seed, "--out", folder,
-                    processes=processes)
+
+
+def run_together(*arguments: object, processes: int, deadline: float = math.inf) -> None:
+    """Run a module to its end in several processes of this machine; what they say goes to this process's output.
+
+    Args:
+        deadline: value of `time.monotonic()` at which they are told to stop.
+
+    Raises:
+        ConfigError: when they fail.
+        Interrupted: after SIGTERM, SIGINT or the deadline, when they have stopped.
+    """
     code = None
-    with Signals() as signals, subprocess.Popen(train, env=variables()) as job:
+    with Signals() as signals, subprocess.Popen(command(*arguments, processes=processes), env=variables()) as job:
         with signals.ending_waits(), suppress(subprocess.TimeoutExpired):
             if signals.received is None:
                 code = job.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
@@ -68,5 +85,5 @@ def train_together(config: RunConfig, seed: int, folder: Path, processes: int, d
     if code is None:
         raise Interrupted(signals.received)
     if code:
-        raise ConfigError(f"{folder}: {processes} processes ended with exit code {code}; they say above why, and the "
-                          "same command goes on")
+        raise ConfigError(f"{arguments[0]}: {processes} processes ended with exit code {code}; they say above why, and "
+                          "the same command goes on")

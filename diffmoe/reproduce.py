@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
                         help="processes at work at a time (default: one a GPU, else one a core); on one GPU they take "
                              "turns, and one measures while another trains")
     parser.add_argument("--processes", type=int, default=1, metavar="N",
-                        help="train each network by N processes, a GPU each, one network after another (default: 1)")
+                        help="train and sample each network by N processes, a GPU each, one network after another "
+                             "(default: 1)")
     parser.add_argument("--out", type=Path, help="folder of runs and records (default: results/<scale>/local)")
     add_track_option(parser)
     parser.add_argument("--dry-run", action="store_true",

@@ -297,7 +297,8 @@ def test_a_cell_trained_by_two_processes_is_that_of_one_and_is_measured_here(row
     assert not store.has(cell, data)
     two = run_cell(cell, "digits", data, store, CPU, processes=2)
     one = run_cell(cell, "digits", data, Store(tmp_path / "one"), CPU)
-    assert (two.training["processes"], one.training["processes"]) == (2, 1)
+    for done in ("training", "sampling"):
+        assert (getattr(two, done)["processes"], getattr(one, done)["processes"]) == (2, 1)
     for (step, mine), (wanted_step, wanted) in zip(two.training["losses"], one.training["losses"], strict=True):
         assert step == wanted_step and mine == pytest.approx(wanted, rel=1e-4)
     assert two.metrics["distance"] == pytest.approx(one.metrics["distance"], rel=1e-2)

@@ -93,7 +93,7 @@ def test_a_dry_run_writes_nothing(measured: tuple[Path, Any], tmp_path: Path, ca
 ])
 def test_what_cannot_be_is_one_line_before_any_work(measured: tuple[Path, Any], arguments: list[str], message: str,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "sample_images", lambda *_: pytest.fail("it had begun"))
+    monkeypatch.setattr(command, "sample_together", lambda *_: pytest.fail("it had begun"))
     with pytest.raises(ConfigError, match=message) as error:
         run(measured[0], *arguments)
     one_line(error.value)

@@ -80,3 +80,14 @@ def test_the_table_states_the_floors_that_the_records_have() -> None:
     assert "floor, as many of its images measured in place of samples: FD-digits64 3.25, FD-cifar64 0.25." in \
         table_markdown(with_floor(3.25))
     assert "floor" not in table_markdown(fake_records(["dense"], [0]))
+
+
+@pytest.mark.parametrize("hardware, training, sampling, wanted", [
+    ("a card", {}, {}, "a card"), ("a card", {"processes": 8}, {"processes": 8}, "8 x a card"),
+    ("a card", {"processes": 8}, {}, "8 x a card"), ("2 CPU cores", {"processes": 2}, {}, "2 CPU cores, 1 thread")])
+def test_the_cost_of_several_cards_says_how_many(hardware: str, training: dict[str, int], sampling: dict[str, int],
+                                                 wanted: str) -> None:
+    record = fake_record("dense", 0)
+    record = replace(record, environment=record.environment | {"hardware": hardware, "threads": 1},
+                     training=record.training | training, sampling=record.sampling | sampling)
+    assert cost_markdown([record]).splitlines()[-1].split("|")[-2].strip() == wanted

@@ -12,9 +12,10 @@ from fake_records import fake_record
 
 from diffmoe.cells import activation
 from diffmoe.config import RunConfig, load_config
-from diffmoe.evaluation import sampling
+from diffmoe.evaluation import sampling, together
 from diffmoe.evaluation.grid import decode_examples, examples
 from diffmoe.evaluation.sampling import Samples, sample_images
+from diffmoe.evaluation.together import sample_together
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.train import CONFIGS
 
@@ -65,6 +66,25 @@ def test_the_loads_of_unequal_batches_are_one_mean():
     assert samples.token_load.shape == (5, 16)
     torch.testing.assert_close(samples.token_load.mean(0), samples.position_load.mean(0))
     torch.testing.assert_close(samples.token_load.mean(1), samples.capacity.mean(0))
+
+
+@pytest.mark.parametrize("dense", [[], ["model.moe=null"]])
+def test_two_processes_draw_what_one_does(dense, monkeypatch):
+    monkeypatch.setattr(together, "sample_images", lambda *_: pytest.fail("it drew by itself"))
+    config = diffmoe_config("sampling.num_steps=2", "sampling.batch_size=2", *dense)
+    seeds = [7, 3, 3, 0, 12]  # three batches: one process has two
+    model = noisy(config)
+    ours, wanted = sample_together(model, config, seeds, 2), sample_images(model, config, seeds)
+    assert torch.equal(ours.images, wanted.images) and torch.equal(ours.labels, wanted.labels)
+    assert (ours.capacity is None) == bool(dense)
+    for name in () if dense else ("capacity", "expert_load", "position_load", "token_load"):
+        torch.testing.assert_close(getattr(ours, name), getattr(wanted, name))
+
+
+def test_a_batch_is_for_one_process():
+    config = diffmoe_config("sampling.num_steps=2")
+    samples = sample_together(noisy(config), config, range(3), 8)
+    assert torch.equal(samples.images, sample_images(noisy(config), config, range(3)).images)
 
 
 def test_a_record_holds_the_load_by_position_in_all_calls_and_in_thirds():

@@ -6,7 +6,7 @@ Shapes: N images, K network calls, L mixture-of-experts layers, E experts; the o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,6 @@ class CapacityMeter:
         return self.pairs_BT / self.num_summed
 
 
-@torch.no_grad()
 def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Samples:
     """Draw one image a seed.
 
@@ -98,10 +97,26 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
 
     `selection: gate` couples the images of a sampling batch by definition; everything else does not.
     """
+    return joined(list(sample_batches(model, config, seeds)))
+
+
+def joined(batches: Sequence[Samples]) -> Samples:
+    """Return the samples of batches together, in their order."""
+    images, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels"))
+    if batches[0].capacity is None:
+        return Samples(images, labels, None, None, None, None)
+    expert_load, position_load = (sum(getattr(batch, name) * len(batch.images) for batch in batches) / len(images)
+                                  for name in ("expert_load", "position_load"))
+    return Samples(images, labels, torch.cat([batch.capacity for batch in batches], 1), expert_load, position_load,
+                   torch.cat([batch.token_load for batch in batches]))
+
+
+@torch.no_grad()
+def sample_batches(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Iterator[Samples]:
+    """Draw images as `sample_images` does, `sampling.batch_size` at a time."""
     labels = torch.tensor(seeds) % config.model.num_classes
     decode = load_decoder(config.data, model.positions.device)
     adaptive = config.sampling.sampler is Sampler.DOPRI5
-    parts, capacity, expert_load, position_load, token_load = [], [], [], [], []
     size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
     compiled = _compiles(config, model.positions.device, len(seeds))
@@ -117,16 +132,9 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
             row_bound *= 2
             network = prepare_call(model, config, row_bound, compiled=compiled)
             images, meter = _sample_batch(model, network, config, StartNoise(config, seeds[part]), labels[part])
-        parts.append(decode(images).cpu())
-        if meter.capacity:
-            capacity.append(_by_call(meter.capacity, adaptive))
-            expert_load.append(_by_call(meter.expert_load, adaptive) * len(images))
-            position_load.append(_by_call(meter.position_load, adaptive) * len(images))
-            token_load.append(meter.token_load().cpu())
-    if not capacity:
-        return Samples(torch.cat(parts), labels, None, None, None, None)
-    return Samples(torch.cat(parts), labels, torch.cat(capacity, 1), sum(expert_load) / len(seeds),
-                   sum(position_load) / len(seeds), torch.cat(token_load))
+        by_call = (_by_call(meter.capacity, adaptive), _by_call(meter.expert_load, adaptive),
+                   _by_call(meter.position_load, adaptive), meter.token_load().cpu()) if meter.capacity else [None] * 4
+        yield Samples(decode(images).cpu(), labels[part], *by_call)
 
 
 @torch.no_grad()

@@ -106,4 +106,7 @@ def _peak_memory(record: Record) -> float | None:
 
 def _hardware(record: Record) -> str:
     found, threads = record.environment.get("hardware", "-"), record.environment.get("threads")
-    return f"{found}, {threads} thread{'s' if threads > 1 else ''}" if threads and "CPU" in found else found
+    if "CPU" in found:
+        return f"{found}, {threads} thread{'s' if threads > 1 else ''}" if threads else found
+    cards = max(done.get("processes", 1) for done in (record.training, record.sampling))
+    return f"{cards} x {found}" if cards > 1 else found

@@ -90,4 +90,4 @@ def test_the_cost_of_several_cards_says_how_many(hardware: str, training: dict[s
     record = fake_record("dense", 0)
     record = replace(record, environment=record.environment | {"hardware": hardware, "threads": 1},
                      training=record.training | training, sampling=record.sampling | sampling)
-    assert cost_markdown([record]).splitlines()[-1].split("|")[-2].strip() == wanted
+    assert f"| {wanted.ljust(len('hardware'))} |" in cost_markdown([record]).splitlines()[2]

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model, randomise, set_threshold
+from test_robustness_numbers import with_too_few_rows
 from test_training import SYSTEMS, digits_config
 
 from diffmoe.config import Backend, Precision, load_config
@@ -112,6 +113,19 @@ def test_a_step_never_waits_for_the_gpu(system):
             trainer.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_with_too_few_rows_is_made_again_on_a_gpu():
+    config = digits_config("diffmoe", "training.precision=bf16", "runtime.compile=true")
+    plain, bounded = (Trainer(config, 0, load_data(config.data, config.model), CUDA) for _ in range(2))
+    with_too_few_rows(plain, [])
+    with_too_few_rows(bounded, [0] * EAGER_CALLS + [1, 2])
+    for trainer in (plain, bounded):
+        for _ in range(EAGER_CALLS + 3):
+            trainer.train_step()
+    after = bounded.state()
+    assert bounded.row_bound == 4.0
+    assert [name for name, value in plain.state().items() if not torch.equal(after[name], value)] == []
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -63,6 +63,33 @@ def test_a_step_without_numbers_changes_nothing(spoil, on_device, first):
         assert all((value == 0).all() for name, value in after.items() if name.startswith("optimizer"))
 
 
+def with_too_few_rows(trainer, short):
+    """Let a trainer find rows too few in so many layers of its next attempts, and an expert idle in all of them."""
+    trainer.row_bound, plain = 1.0, trainer.gradients
+
+    def gradients(*inputs):
+        losses, (*observed, overflow), counts = plain(*inputs)
+        counts = counts.index_put((torch.tensor(0), torch.tensor(0)), counts.new_zeros(()))
+        return losses, [*observed, overflow + (short.pop(0) if short else 0)], counts
+
+    trainer.gradients = gradients
+    return trainer
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_step_with_too_few_rows_is_made_again_and_counts_once(on_device):
+    plain, bounded = (make_trainer("training.clip_norm=1.0", on_device=on_device) for _ in range(2))
+    with_too_few_rows(plain, [])
+    with_too_few_rows(bounded, [0, 2, 1, 0])  # twice in the second step
+    for trainer in (plain, bounded):
+        losses = [trainer.train_step() for _ in range(4)]
+        trainer.losses_seen = torch.stack([torch.stack(list(step.values())) for step in losses])
+    assert bounded.row_bound == 4.0 and bounded.step == bounded.idle_LE[0, 0] == 4
+    assert torch.equal(plain.losses_seen, bounded.losses_seen)
+    after = bounded.state()
+    assert [name for name, value in plain.state().items() if not torch.equal(after[name], value)] == []
+
+
 @pytest.mark.parametrize("system", [[], TOKEN_CHOICE, ["model.moe=null"]])
 def test_the_way_of_a_gpu_gives_the_same_steps_as_that_of_a_cpu(system):
     system = [*system, "training.precision=fp64"]

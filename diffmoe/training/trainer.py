@@ -139,8 +139,6 @@ class Trainer:
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
             self.row_bound = FIRST_ROW_BOUND * config.model.moe.capacity
-        self.overflow: Fetched | None = None
-        """Layers and processes of the last forward whose pairs had too few rows."""
         self.objective = torch.zeros((), device=device)
         """Sum of the last step's losses, mean over processes; not finite when the step changed nothing."""
         layers = self.model.moe_layers()
@@ -199,18 +197,33 @@ class Trainer:
         """
         training = self.config.training
         batch = self.batch(self.step, self.world.share(training.batch_size))
-        with tf32(training.tf32):
-            losses, (objective, *observed) = self._gradients_of_all_pairs(batch.images, batch.labels, batch.noise,
-                                                                          batch.times)
-        self.objective = objective.clone()  # what a graph returned is overwritten by the next step
-        if training.clip_norm is not None and self.one_pass is None:
-            losses = losses | {GRADIENT_NORM: whole(torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm))}
         for group, relative in zip(self.optimizer.param_groups, (1.0, training.expert_rate), strict=False):
             group["lr"] = training.learning_rate * relative * self._warmup_factor()
-        self._update(observed, losses.get(GRADIENT_NORM))
+        while (losses := self._try_step(batch)) is None:
+            self.row_bound *= 2
         self.step += 1
         self._wait_for_step_before()
         return {name: loss.clone() for name, loss in losses.items()}
+
+    def _try_step(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Make an optimiser step and return its losses; where pairs had too few rows, change nothing, return None."""
+        training = self.config.training
+        with tf32(training.tf32):
+            losses, observed, counts_LE = self.gradients(batch.images, batch.labels, batch.noise, batch.times)
+        objective, *observed = self.world.mean(observed)
+        overflow = None
+        if self.row_bound is not None:
+            *observed, overflows = observed
+            objective = objective.masked_fill(overflows > 0, math.nan)
+            overflow = Fetched(overflows)
+        self.objective = objective.clone()  # what a graph returned is overwritten by the next step
+        if training.clip_norm is not None and self.one_pass is None:
+            losses = losses | {GRADIENT_NORM: whole(torch.nn.utils.clip_grad_norm_(self.clipped, training.clip_norm))}
+        self._update(observed, losses.get(GRADIENT_NORM))
+        if overflow is not None and overflow.value() > 0:  # a GPU moves weights while the host waits and goes on
+            return None
+        self.idle_LE.add_(1).mul_(counts_LE == 0)
+        return losses
 
     def _wait_for_step_before(self) -> None:
         """Let the host run one step ahead of a GPU, so that it never waits for work; no further, for host memory."""
@@ -249,21 +262,12 @@ class Trainer:
         for ema, decay in zip((self.ema, *self.extra_emas), decays, strict=True):
             ema.update(self.model, decay, unless=broken if on_device else None, weights=self.one_pass is None)
 
-    def _gradients_of_all_pairs(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Do what `_gradients` does, again with more rows where they were too few; average what was observed."""
-        losses, observed, counts_LE = self.gradients(*inputs)
-        if self.overflow is not None and self.overflow.value() > 0:
-            self.row_bound *= 2
-            return self._gradients_of_all_pairs(*inputs)
-        self.idle_LE.add_(1).mul_(counts_LE == 0)
-        return losses, self.world.mean(observed)
-
     def _gradients(self, *inputs: Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
         """Set the gradients of a batch (its four tensors).
 
         Returns:
-            its losses; their sum, NaN if a gradient is not finite, before what the routers observed; and the tokens of
-            each layer's experts.
+            its losses; their sum, NaN if a gradient is not finite, before what the routers observed and, where rows are
+            bounded, in how many layers they were too few; and the tokens of each layer's experts.
         """
         batch = Batch(*inputs)
         num_parts = len(batch.images) // self.micro_batch
@@ -271,18 +275,16 @@ class Trainer:
         total: dict[str, Tensor] = {}
         observed: list[Tensor] = []
         counts_LE = torch.zeros_like(self.idle_LE, dtype=torch.int64)
-        overflow = torch.zeros((), device=self.device)
         for part in range(num_parts):
             rows = batch.rows(slice(part * self.micro_batch, (part + 1) * self.micro_batch))
             with accumulating(self.network) if part < num_parts - 1 else contextlib.nullcontext():
                 losses, output = self.losses(rows)
-                if self.row_bound is not None:
-                    overflow += sum(routing.overflow for routing in output.routings if routing.overflow is not None)
-                    if part == num_parts - 1:  # fetched while the backward runs: the GPU always has work then
-                        self.overflow = Fetched(self.world.sum(overflow))
                 (sum(losses.values()) / num_parts).backward()
             _add(total, {name: loss.detach() / num_parts for name, loss in losses.items()})
             seen = [routing.observed / num_parts for routing in output.routings if routing.observed is not None]
+            if self.row_bound is not None:
+                overflows = [routing.overflow for routing in output.routings if routing.overflow is not None]
+                seen.append(sum(overflows, torch.zeros((), device=self.device)))
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])

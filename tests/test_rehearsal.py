@@ -16,7 +16,7 @@ from diffmoe.records import write_record
 from diffmoe.rehearsal import __main__ as rehearsal
 from diffmoe.rehearsal import losses
 from diffmoe.rehearsal.materials import CLASSES, FACTOR, make_images, make_inception, make_reference, make_vae
-from diffmoe.rehearsal.report import Check, Rehearsal, check_report, read_rehearsals, write_report
+from diffmoe.rehearsal.report import SHOWN, Check, Rehearsal, check_report, read_rehearsals, write_report
 from diffmoe.train import CONFIGS
 
 CPU = torch.device("cpu")
@@ -24,7 +24,8 @@ RECORD = Rehearsal(
     id="rehearsal-1", started="2026-01-01 00:00 UTC", processes=2, metrics={"distance": 1.0},
     environment={"commit": "c" * 40, "dirty": False, "hardware": "2 CPU cores", "versions": {"torch": "2"}},
     settings={"size": 48, "experts": 4, "bf16_steps": 30, "run_steps": 1500},
-    checks=[Check("losses agree", 1e-5, "<= 0.0001", ok=True), Check("all left", 70.0, "<= 60", ok=False)],
+    checks=[Check("losses agree", 1e-5, "<= 0.0001", ok=True), Check("all left", 70.0, "<= 60", ok=False),
+            Check("pools of a process", 0.25, SHOWN, ok=True)],
     runs=[{"name": "ddp", "processes": 2, "batch": 16, "images_per_second": 1234.0, "peak_memory_bytes": 3 * 2**30}])
 
 
@@ -83,6 +84,7 @@ def test_the_page_follows_from_the_records_and_says_what_does_not_hold(tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.read_text().splitlines()]
     assert ["losses agree", "1e-05", "<= 0.0001", "holds"] in lines
     assert ["all left", "70", "<= 60", "**does not hold**"] in lines
+    assert ["pools of a process", "0.25", "-", ""] in lines
     assert ["ddp", "2", "16", "1,234", "3.00"] in lines
     assert check_report(tmp_path) == []
     write_record(tmp_path / "records", dataclasses.replace(RECORD, id="rehearsal-2"))
@@ -95,5 +97,5 @@ def test_all_of_it_holds_in_two_processes_of_a_cpu(tmp_path):
     pytest.importorskip("diffusers")
     assert rehearsal.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     (record,) = read_rehearsals(tmp_path)
-    assert len(record.checks) == 11 and len(record.runs) == 8
+    assert len(record.checks) == 12 and len(record.runs) == 9
     assert str(tmp_path) not in json.dumps(dataclasses.asdict(record))

@@ -32,7 +32,7 @@ from diffmoe.config import ConfigError, load_config, require
 from diffmoe.launch import command, run_module, variables
 from diffmoe.records import environment, write_record
 from diffmoe.rehearsal.materials import CLASSES, FACTOR, make_images, make_inception, make_reference, make_vae
-from diffmoe.rehearsal.report import TABLE, Check, Rehearsal, write_report
+from diffmoe.rehearsal.report import SHOWN, TABLE, Check, Rehearsal, write_report
 from diffmoe.train import CONFIGS
 
 LOCAL = Path("results/rehearsal/local")
@@ -104,28 +104,31 @@ class Steps:
         self.checks.append(Check("latents: every byte has its checksum", 1.0, ">= 1", ok=True))
 
     def compare(self) -> list[dict[str, Any]]:
-        """Train alone, by DDP and by FSDP2, and compare the losses; then with a batch for each process."""
+        """Train alone, by DDP and by FSDP2, and compare the losses; then with pools and batches of a process."""
         batch, steps = self.size.batch, self.size.bf16_steps
         fp32 = {name: self._losses(f"fp32 {name}", name, 20, batch // 2, "training.precision=fp32",
                                    "runtime.compile=false") for name in ("alone", "ddp", "fsdp")}
         bf16 = {name: self._losses(f"bf16 {name}", name, steps, batch) for name in ("alone", "ddp", "fsdp")}
+        cut = {"ddp": self._losses("bf16 ddp, a pool each", "ddp", steps, batch, "model.moe.pool_scope=process",
+                                   f"model.moe.router.pool_images={batch // self.processes}")}
         wide = {name: self._losses(f"bf16 {name}, a batch each", name, steps // 3, batch * self.processes)
                 for name in ("ddp", "fsdp")}
-        apart = max(runs["ddp"]["sums_apart"] for runs in (fp32, bf16, wide))
+        apart = max(runs["ddp"]["sums_apart"] for runs in (fp32, bf16, cut, wide))
         self._at_most("ddp: distance of the sums of the processes' weights", apart, 0)
         for name in ("ddp", "fsdp"):
             difference = max(abs(mine / one - 1) for mine, one in
                              zip(fp32[name]["losses"], fp32["alone"]["losses"], strict=True))
             self._at_most(f"fp32, {name}: largest relative difference of a loss", difference, LOSS_TOLERANCE)
-            ours, one = (statistics.fmean(run["losses"][-int(LAST * steps):]) for run in (bf16[name], bf16["alone"]))
-            self._at_most(f"bf16, {name}: relative difference of the last losses' mean", abs(ours / one - 1),
-                          MEAN_TOLERANCE)
+            self._at_most(f"bf16, {name}: relative difference of the last losses' mean",
+                          self._difference(bf16[name], bf16["alone"]), MEAN_TOLERANCE)
             if self.processes <= torch.cuda.device_count():
                 found = wide[name]["images_per_second"] / self.processes / bf16["alone"]["images_per_second"]
                 self.checks.append(Check(f"weak scaling, {name}: efficiency", found, f">= {EFFICIENCY}",
                                          ok=found >= EFFICIENCY))
+        self.checks.append(Check("bf16, ddp with pools of a process: relative difference of the last losses' mean",
+                                 self._difference(cut["ddp"], bf16["alone"]), SHOWN, ok=True))
         return [{key: value for key, value in run.items() if key not in ("losses", "sums_apart")}
-                for runs in (fp32, bf16, wide) for run in runs.values()]
+                for runs in (fp32, bf16, cut, wide) for run in runs.values()]
 
     def kill_and_resume(self) -> None:
         """Train by all processes, kill the main one behind a checkpoint, and finish alone."""
@@ -167,6 +170,11 @@ class Steps:
         self.checks.append(Check("guided samples: metrics by ADM's definitions that are finite", float(len(metrics)),
                                  ">= 7", ok=len(metrics) >= 7 and all(map(math.isfinite, metrics.values()))))
         return metrics
+
+    def _difference(self, run: dict[str, Any], other: dict[str, Any]) -> float:
+        """Return how far the mean of a run's last losses is from another's, relative to that."""
+        ours, theirs = (statistics.fmean(each["losses"][-int(LAST * self.size.bf16_steps):]) for each in (run, other))
+        return abs(ours / theirs - 1)
 
     def _losses(self, name: str, parallel: str, steps: int, batch: int, *overrides: str) -> dict[str, Any]:
         """Train some steps as `diffmoe.rehearsal.losses` does; return what it wrote, with its name and batch."""

@@ -19,7 +19,7 @@ def losses_and_gradients(system, device, compiled, *overrides):
     trainer.round_weights()
     batch = trainer.batch(0)
     for _ in range(5 if compiled and device == "cuda" else 1):  # the capture, and replays of it
-        losses, _ = trainer.gradients(batch.images, batch.labels, batch.noise, batch.times)
+        losses, *_ = trainer.gradients(batch.images, batch.labels, batch.noise, batch.times)
     trained = {id(parameter): copied for parameter, copied in zip(trainer.parameters, trainer.trained, strict=True)}
     return losses, {name: trained[id(parameter)].grad.float() for name, parameter in trainer.model.named_parameters()}
 

@@ -296,11 +296,11 @@ def run_cell(cell: Cell, scale: str, data: TrainingData, store: Store, device: t
         take_turn()
         model = calibrate_thresholds(average, config, cell.seed, data)
         started = time.perf_counter()
-        samples = sample_together(model, config, range(config.evaluation.num_samples), processes)
+        samples = sample_together(model, config, range(config.evaluation.num_samples), processes, folder)
         sampling_s = time.perf_counter() - started
         described = environment(device)  # first: steps that are not compiled hold another memory than the row's
         diagnosis = _diagnosis(cell, model, data)
-        drawn = _draw_sweep(model, config, processes) if cell.row.threshold_sweep else []
+        drawn = _draw_sweep(model, config, processes, folder) if cell.row.threshold_sweep else []
     del average, model
     release_memory(device)
     grids = store.folder / "samples"
@@ -435,14 +435,14 @@ def _weights(evaluation: EvaluationConfig) -> Path | None:
     return None if evaluation.extractor_weights is None else Path(evaluation.extractor_weights)
 
 
-def _draw_sweep(model: DiT, config: RunConfig, processes: int) -> list[tuple[float, Samples, float]]:
+def _draw_sweep(model: DiT, config: RunConfig, processes: int, folder: Path) -> list[tuple[float, Samples, float]]:
     """Return each threshold with its samples, all held at once, and their seconds; the model keeps the last."""
     drawn = []
     for threshold in SWEEP_THRESHOLDS:
         for layer in model.moe_layers().values():
             layer.router.threshold.fill_(threshold)  # `global_threshold` is a constant, compiled anew for each value
         started = time.perf_counter()
-        samples = sample_together(model, config, range(config.evaluation.num_samples), processes)
+        samples = sample_together(model, config, range(config.evaluation.num_samples), processes, folder)
         drawn.append((threshold, samples, time.perf_counter() - started))
     return drawn
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from diffmoe.config import ConfigError
+from diffmoe.config import ConfigError, require
 from diffmoe.training.run import Interrupted
 
 LOGGED_EVERY_S = 30.0
@@ -90,3 +90,16 @@ def choose_device(name: str) -> torch.device:
     if not (index or "0").isdigit() or int(index or 0) >= there:
         raise ConfigError(f"device {name}: not here; use auto, cpu, or cuda below {torch.cuda.device_count()}")
     return torch.device(name)
+
+
+def require_places(processes: int, device: torch.device) -> None:
+    """Require a GPU of its own for each of several processes; on a CPU they share it.
+
+    Raises:
+        ConfigError: when there are too few.
+    """
+    require(processes >= 1, "--processes", processes, "use 1 or more")
+    if processes > 1 and device.type == "cuda":
+        require(device.index is None, "runtime.device", device, "with --processes, use cuda: each takes one of its own")
+        require(processes <= torch.cuda.device_count(), "--processes", processes,
+                f"there are {torch.cuda.device_count()} GPUs here")

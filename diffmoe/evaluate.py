@@ -28,7 +28,7 @@ from diffmoe.cells import (
     reference_images,
     sampling_floors,
 )
-from diffmoe.cli import choose_device, run_command
+from diffmoe.cli import choose_device, require_places, run_command
 from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import ImageData, load_data
 from diffmoe.evaluation.extractors import distance_name
@@ -56,7 +56,7 @@ def evaluate(trained: Trained, data: ImageData | None, cache: Path, images: Path
     config, device = trained.config, choose_device(trained.config.runtime.device)
     seeds = range(config.evaluation.num_samples)
     started = time.perf_counter()
-    samples = sample_together(trained.model(device), config, seeds, processes)
+    samples = sample_together(trained.model(device), config, seeds, processes, cache)
     sampled = time.perf_counter()
     metrics = measure_samples(samples, config, data, cache, device)
     measured = time.perf_counter()
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
         weights, configs = options.run / "ema.safetensors", [options.run / "config.yaml", *configs]
     trained = load_trained(weights, options.overrides, configs)
     config = trained.config
-    choose_device(config.runtime.device)
+    require_places(options.processes, choose_device(config.runtime.device))
     data = None if config.evaluation.reference else load_data(config.data, config.model)
     if data is not None:
         _check_reference(trained, data)

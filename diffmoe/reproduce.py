@@ -34,7 +34,7 @@ from diffmoe.cells import (
     run_cell,
     run_name,
 )
-from diffmoe.cli import TrainingBar, choose_device, run_command
+from diffmoe.cli import TrainingBar, choose_device, require_places, run_command
 from diffmoe.config import ConfigError, require, to_dict
 from diffmoe.data import load_data
 from diffmoe.data.latent_data import LATENTS
@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> int:
     rows = at_budgets(_together(tables))
     data = load_data(rows[0].config.data, rows[0].config.model)
     device = choose_device(rows[0].config.runtime.device)
+    require_places(options.processes, device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     cells = missing_cells(rows, seeds, data, store)
     check_cells(cells, data)

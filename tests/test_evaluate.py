@@ -16,6 +16,7 @@ from test_cells import ROWS, SMALL
 
 from diffmoe import evaluate as command
 from diffmoe.cells import Cell, Store, load_rows, run_cell
+from diffmoe.cli import require_places
 from diffmoe.config import ConfigError
 from diffmoe.data import load_data
 from diffmoe.evaluation.sampling import sample_images
@@ -97,6 +98,16 @@ def test_what_cannot_be_is_one_line_before_any_work(measured: tuple[Path, Any], 
     with pytest.raises(ConfigError, match=message) as error:
         run(measured[0], *arguments)
     one_line(error.value)
+
+
+@pytest.mark.parametrize("processes, device, remedy", [(0, "cpu", "use 1 or more"), (3, "cuda", "there are 2 GPUs"),
+                                                       (2, "cuda:1", "use cuda")])
+def test_several_processes_have_a_gpu_each(processes: int, device: str, remedy: str,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=remedy):
+        require_places(processes, torch.device(device))
+    require_places(2, torch.device("cuda")), require_places(8, CPU)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:

@@ -69,21 +69,22 @@ def test_the_loads_of_unequal_batches_are_one_mean():
 
 
 @pytest.mark.parametrize("dense", [[], ["model.moe=null"]])
-def test_two_processes_draw_what_one_does(dense, monkeypatch):
+def test_two_processes_draw_what_one_does(dense, monkeypatch, tmp_path):
     monkeypatch.setattr(together, "sample_images", lambda *_: pytest.fail("it drew by itself"))
     config = diffmoe_config("sampling.num_steps=2", "sampling.batch_size=2", *dense)
     seeds = [7, 3, 3, 0, 12]  # three batches: one process has two
     model = noisy(config)
-    ours, wanted = sample_together(model, config, seeds, 2), sample_images(model, config, seeds)
+    ours, wanted = sample_together(model, config, seeds, 2, tmp_path), sample_images(model, config, seeds)
     assert torch.equal(ours.images, wanted.images) and torch.equal(ours.labels, wanted.labels)
+    assert list(tmp_path.iterdir()) == []
     assert (ours.capacity is None) == bool(dense)
     for name in () if dense else ("capacity", "expert_load", "position_load", "token_load"):
         torch.testing.assert_close(getattr(ours, name), getattr(wanted, name))
 
 
-def test_a_batch_is_for_one_process():
+def test_a_batch_is_for_one_process(tmp_path):
     config = diffmoe_config("sampling.num_steps=2")
-    samples = sample_together(noisy(config), config, range(3), 8)
+    samples = sample_together(noisy(config), config, range(3), 8, tmp_path)
     assert torch.equal(samples.images, sample_images(noisy(config), config, range(3)).images)
 
 

@@ -26,17 +26,20 @@ from diffmoe.training.run import CONFIG_FILE
 SEEDS, WEIGHTS = "seeds.json", "weights.safetensors"
 
 
-def sample_together(model: DiT, config: RunConfig, seeds: Sequence[int], processes: int) -> Samples:
+def sample_together(model: DiT, config: RunConfig, seeds: Sequence[int], processes: int, folder: Path) -> Samples:
     """Draw images as `sample_images` does, by `processes`; with one, in this process.
+
+    Args:
+        folder: on whose disk there is room for all images, as long as they are drawn.
 
     Raises:
         ConfigError, Interrupted: as `run_together` does.
     """
     batches = _batches(seeds, config)
     processes = min(processes, len(batches))
-    if processes <= 1:
+    if processes == 1:
         return sample_images(model, config, seeds)
-    with TemporaryDirectory(prefix="diffmoe-") as name:
+    with TemporaryDirectory(prefix="samples-", dir=folder) as name:
         folder = Path(name)
         write_config(folder, config)
         save_weights(folder / WEIGHTS, model.state_dict(), {})

@@ -11,10 +11,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
-from diffmoe.config import ConfigError, RunConfig, to_dict
-from diffmoe.training.run import CONFIG_FILE, Interrupted
+from diffmoe.config import ConfigError, RunConfig
+from diffmoe.training.run import CONFIG_FILE, Interrupted, write_config
 from diffmoe.training.signals import Signals
 
 
@@ -55,15 +53,10 @@ def train_together(config: RunConfig, seed: int, folder: Path, processes: int, d
         ConfigError: when they fail; what they say goes to this process's output.
         Interrupted: after SIGTERM, SIGINT or the deadline.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     run_together("diffmoe.train", "--config", folder / CONFIG_FILE, "--seed", seed, "--out", folder,
                  processes=processes, deadline=deadline)
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Write a configuration to where the processes of a folder find it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def run_together(*arguments: object, processes: int, deadline: float = math.inf) -> None:

@@ -73,7 +73,6 @@ def with_too_few_rows(trainer, short):
         return losses, [*observed, overflow + (short.pop(0) if short else 0)], counts
 
     trainer.gradients = gradients
-    return trainer
 
 
 @pytest.mark.parametrize("on_device", [False, True])

@@ -68,13 +68,14 @@ def list_cases(runs: Sequence[str], gpus: Sequence[int], device: str, work: Sequ
             batch = own_batch("latent", size, "train") if device == "cuda" else CPU_BATCH
             require(batch % count == 0, "--gpus", count, f"a batch of {batch} is not divided by it")
             first = ScalingCase(work="train", size=size, system=system, processes=count, batch=batch)
-            if "train" in work:
-                cases += [first] if count == 1 else [
-                    dataclasses.replace(first, scaling="weak", parallel=APART, batch=batch * count), *(
-                    dataclasses.replace(first, scaling=scaling, parallel=parallel, pool_scope=scope,
-                                        batch=batch * (count if scaling == "weak" else 1))
-                    for scaling in ("weak", "strong") for parallel in map(str, Parallel)
-                    for scope in (map(str, PoolScope) if system == "diffmoe" else ("",)))]
+            if "train" in work and count == 1:
+                cases.append(first)
+            elif "train" in work:
+                cases.append(dataclasses.replace(first, scaling="weak", parallel=APART, batch=batch * count))
+                cases += [dataclasses.replace(first, scaling=scaling, parallel=parallel, pool_scope=scope,
+                                              batch=batch * (count if scaling == "weak" else 1))
+                          for scaling in ("weak", "strong") for parallel in map(str, Parallel)
+                          for scope in (map(str, PoolScope) if system == "diffmoe" else ("",))]
             if "sample" in work:
                 batch = own_batch("latent", size, "sample") if device == "cuda" else CPU_BATCH
                 cases.append(dataclasses.replace(first, work="sample", scaling="" if count == 1 else "weak",

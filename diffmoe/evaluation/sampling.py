@@ -97,7 +97,13 @@ def sample_images(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Sample
 
     `selection: gate` couples the images of a sampling batch by definition; everything else does not.
     """
-    return joined(list(sample_batches(model, config, seeds)))
+    return joined(list(sample_batches(model, config, cut_into_batches(config, seeds))))
+
+
+def cut_into_batches(config: RunConfig, seeds: Sequence[int]) -> list[Sequence[int]]:
+    """Return the seeds of each sampling batch."""
+    size = config.sampling.batch_size
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def joined(batches: Sequence[Samples]) -> Samples:
@@ -112,29 +118,27 @@ def joined(batches: Sequence[Samples]) -> Samples:
 
 
 @torch.no_grad()
-def sample_batches(model: DiT, config: RunConfig, seeds: Sequence[int]) -> Iterator[Samples]:
-    """Draw images as `sample_images` does, `sampling.batch_size` at a time."""
-    labels = torch.tensor(seeds) % config.model.num_classes
+def sample_batches(model: DiT, config: RunConfig, batches: Sequence[Sequence[int]]) -> Iterator[Samples]:
+    """Draw the images of some of the batches that `cut_into_batches` returns, as `sample_images` does."""
     decode = load_decoder(config.data, model.positions.device)
     adaptive = config.sampling.sampler is Sampler.DOPRI5
-    size = config.sampling.batch_size
     row_bound = FIRST_ROW_BOUND
-    compiled = _compiles(config, model.positions.device, len(seeds))
+    compiled = _compiles(config, model.positions.device, sum(map(len, batches)))
     network = prepare_call(model, config, row_bound, compiled=compiled)
-    next_noise = StartNoise(config, seeds[:size])
-    for start in range(0, len(seeds), size):
-        part, noise = slice(start, start + size), next_noise
-        if compiled and len(noise.images) < size:  # a smaller last batch is not worth compiling
+    next_noise = StartNoise(config, batches[0])
+    for seeds, following in zip(batches, [*batches[1:], ()], strict=True):
+        labels, noise = torch.tensor(seeds) % config.model.num_classes, next_noise
+        if compiled and len(seeds) < config.sampling.batch_size:  # a smaller last batch is not worth compiling
             compiled, network = False, prepare_call(model, config, row_bound, compiled=False)
-        images, meter = _sample_batch(model, network, config, noise, labels[part])
-        next_noise = StartNoise(config, seeds[start + size : start + 2 * size])  # while the device works
+        images, meter = _sample_batch(model, network, config, noise, labels)
+        next_noise = StartNoise(config, following)  # while the device works
         while meter.overflow:  # the one wait of a batch; pairs are never dropped
             row_bound *= 2
             network = prepare_call(model, config, row_bound, compiled=compiled)
-            images, meter = _sample_batch(model, network, config, StartNoise(config, seeds[part]), labels[part])
+            images, meter = _sample_batch(model, network, config, StartNoise(config, seeds), labels)
         by_call = (_by_call(meter.capacity, adaptive), _by_call(meter.expert_load, adaptive),
                    _by_call(meter.position_load, adaptive), meter.token_load().cpu()) if meter.capacity else [None] * 4
-        yield Samples(decode(images).cpu(), labels[part], *by_call)
+        yield Samples(decode(images).cpu(), labels, *by_call)
 
 
 @torch.no_grad()

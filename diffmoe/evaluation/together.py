@@ -16,14 +16,14 @@ from torch import Tensor
 
 from diffmoe.cli import choose_device, run_command
 from diffmoe.config import RunConfig, load_config
-from diffmoe.evaluation.sampling import Samples, joined, sample_batches, sample_images
-from diffmoe.launch import run_together, write_config
-from diffmoe.models.dit import DiT, build_model
+from diffmoe.evaluation.sampling import Samples, cut_into_batches, joined, sample_batches, sample_images
+from diffmoe.launch import run_together
+from diffmoe.models.dit import DiT
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.distributed import join_world
-from diffmoe.training.run import CONFIG_FILE
+from diffmoe.training.run import CONFIG_FILE, load_network, write_config
 
-SEEDS, WEIGHTS = "seeds.json", "weights.safetensors"
+BATCHES, WEIGHTS = "batches.json", "weights.safetensors"
 
 
 def sample_together(model: DiT, config: RunConfig, seeds: Sequence[int], processes: int, folder: Path) -> Samples:
@@ -35,7 +35,7 @@ def sample_together(model: DiT, config: RunConfig, seeds: Sequence[int], process
     Raises:
         ConfigError, Interrupted: as `run_together` does.
     """
-    batches = _batches(seeds, config)
+    batches = cut_into_batches(config, seeds)
     processes = min(processes, len(batches))
     if processes == 1:
         return sample_images(model, config, seeds)
@@ -43,14 +43,9 @@ def sample_together(model: DiT, config: RunConfig, seeds: Sequence[int], process
         folder = Path(name)
         write_config(folder, config)
         save_weights(folder / WEIGHTS, model.state_dict(), {})
-        (folder / SEEDS).write_text(json.dumps(list(seeds)))
+        (folder / BATCHES).write_text(json.dumps(list(map(list, batches))))
         run_together("diffmoe.evaluation.together", folder, processes=processes)
         return joined([_read(_part(folder, index)) for index in range(len(batches))])
-
-
-def _batches(seeds: Sequence[int], config: RunConfig) -> list[Sequence[int]]:
-    size = config.sampling.batch_size
-    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def _part(folder: Path, index: int) -> Path:
@@ -72,14 +67,12 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     config = load_config([folder / CONFIG_FILE])
     device = choose_device(config.runtime.device)
-    batches = _batches(json.loads((folder / SEEDS).read_text()), config)
+    batches = json.loads((folder / BATCHES).read_text())
     with join_world(device) as world:
-        model = build_model(config.model)
-        model.load_state_dict(load_weights(folder / WEIGHTS)[0])
-        mine = range(world.rank, len(batches), world.size)
-        seeds = [seed for index in mine for seed in batches[index]]
-        drawn = sample_batches(model.to(device).eval().set_backend(config.runtime.backend), config, seeds)
-        for index, samples in zip(mine, drawn, strict=True):
+        model = load_network(folder / WEIGHTS, config, device)
+        mine = slice(world.rank, None, world.size)
+        drawn = sample_batches(model, config, batches[mine])
+        for index, samples in zip(range(len(batches))[mine], drawn, strict=True):
             _write(_part(folder, index), samples)
     return 0
 

@@ -70,10 +70,7 @@ class TrainedRun:
     def load_average(self, config: RunConfig, device: torch.device) -> DiT:
         """Return the averaged network in eval mode, with the inference options of `config`."""
         chosen = average_file(config.evaluation.ema_half_life_images, config.evaluation.budget_images)
-        weights, _ = load_weights(self.folder / chosen)
-        model = build_model(config.model).to(device).eval()
-        model.load_state_dict(weights)
-        return model.set_backend(config.runtime.backend)
+        return load_network(self.folder / chosen, config, device)
 
     def losses(self) -> list[list[Any]]:
         """Return [step, {name: loss}] of each line of the log up to the step of the average."""
@@ -119,6 +116,24 @@ def train_run(config: RunConfig, seed: int, data: TrainingData, folder: Path, de
         return run.train(deadline, turn, progress)
 
 
+def load_network(path: Path, config: RunConfig, device: torch.device) -> DiT:
+    """Return the network of a file of weights in eval mode, with the inference options of `config`."""
+    weights, _ = load_weights(path)
+    model = build_model(config.model).to(device).eval()
+    model.load_state_dict(weights)
+    return model.set_backend(config.runtime.backend)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the configuration of a folder's run.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_whole(folder / CONFIG_FILE, lambda aside: aside.write_text(text))
+
+
 def is_trained(config: RunConfig, folder: Path) -> bool:
     """Say whether the folder holds the network at the budget of `config`, or at the end."""
     return _average_of(config, folder).exists()
@@ -156,8 +171,7 @@ class _Run:
         self.objectives: list[Tensor] = []  # of the steps since the last look, still on the device
         self.next_meeting, self.last_meeting = 0, (self.trainer.step, time.monotonic())
         if world.is_main:
-            text = yaml.safe_dump(to_dict(config), sort_keys=False)
-            write_whole(folder / CONFIG_FILE, lambda aside: aside.write_text(text))
+            write_config(folder, config)
         self.losses, self.events = (JsonLines(folder / name if world.is_main else None, self.trainer.step)
                                     for name in (LOG_FILE, "events.jsonl"))
 

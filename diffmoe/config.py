@@ -105,7 +105,7 @@ class PoolScope(enum.StrEnum):
 
 
 class Parallel(enum.StrEnum):
-    """How several processes hold one model: each a copy, or each a share of every tensor."""
+    """How several processes hold one model: each a whole one to compute with, or each a share of every tensor."""
 
     DDP = "ddp"
     FSDP = "fsdp"
@@ -409,7 +409,8 @@ class RuntimeConfig:
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
     parallel: Parallel = field(default=Parallel.DDP, metadata=RUNTIME)
-    """Several processes: a copy of the model each (ddp), or a share of it (fsdp; for L and up)."""
+    """Several processes: a whole model each (ddp; bf16 on GPUs shares out float32 weights, moments and averages), or a
+    share of it (fsdp; for L and up)."""
     max_skipped_steps: int = field(default=100, metadata=RUNTIME)
     """Steps of a run that may change nothing because a loss or gradient was not finite; one more stops it. No part of a
     digest: a run that ends is the same at any number."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from diffmoe.models.dit import ModelOutput
 from diffmoe.moe.routing import Router, Routing, largest
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.distributed import ALONE, World
-from diffmoe.training.parallel import distribute, exact_parameters, local
+from diffmoe.training.parallel import GradientParts, distribute, local, own_part
 from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer, micro_batch_size
 
@@ -145,16 +146,30 @@ def buckets_sent(overrides: list[str], world: World) -> int:
 
 
 def gradients_of_copies(world: World) -> dict[str, Tensor]:
-    """Return the gradients of bf16 copies, and of what stays float32 beside them, of each process behind a backward."""
-    trainer = make_trainer("diffmoe", BF16)
-    copied = randomise(trainer.model).rounded(torch.bfloat16)
-    trainer.network = distribute(copied, [], trainer.config, world, CPU)
-    losses, _ = trainer.losses(trainer.batch(0, world.share(8)))
-    sum(losses.values()).backward()
-    exact = exact_parameters(copied)
-    others = [parameter for parameter in copied.parameters() if all(parameter is not one for one in exact)]
-    return {name: world.gather(torch.cat([parameter.grad.float().flatten() for parameter in parameters])[None])
-            for name, parameters in {"exact": exact, "copies": others}.items()}
+    """Return of each gradient of bf16 copies that of each process's loss, what each holds of the mean, and how much."""
+    trainer = make_trainer("diffmoe", [override for override in BF16 if override != GLOBAL])
+    model, average = randomise(trainer.model), trainer.ema.model
+    trainer.network = copied = model.rounded(torch.bfloat16)
+
+    def backward() -> list[Tensor]:
+        copied.zero_grad()
+        losses, _ = trainer.losses(trainer.batch(0, world.share(8)))
+        sum(losses.values()).backward()
+        return [parameter.grad.clone() for parameter in copied.parameters()]
+
+    own = backward()
+    with mock.patch("diffmoe.training.parallel.LEAST_SENT", 512):
+        assert distribute(model, copied, [average], trainer.config, world, CPU) is copied
+    parts = GradientParts(list(copied.parameters()), list(model.parameters()), world)
+    backward()
+    parts.finish()
+    found = {}
+    for (name, parameter), trained, mine in zip(model.named_parameters(), copied.parameters(), own, strict=True):
+        held, averaged = local([parameter, average.get_parameter(name)])
+        assert held.shape == averaged.shape
+        found |= {f"own/{name}": world.gather(mine[None]), f"share/{name}": torch.tensor(len(held) / len(mine)),
+                  f"mean/{name}": world.gather(own_part(trained.grad, parameter)[None])}
+    return found
 
 
 def shards(world: World) -> dict[str, Tensor]:
@@ -285,10 +300,16 @@ def test_no_wrapper_touches_thresholds_and_one_all_reduce_serves_all_layers(two,
     assert found["calls"] == 1
 
 
-def test_ddp_averages_the_gradients_of_copies_and_leaves_those_in_float32_to_the_trainer(two):
+def test_of_large_copies_a_process_holds_the_mean_of_its_rows_and_of_others_all(two):
     found = two("copies")
-    assert torch.equal(*found["copies"]) and found["copies"].norm() > 0
-    assert not torch.equal(*found["exact"])
+    shares = {name.removeprefix("share/"): value for name, value in found.items() if name.startswith("share/")}
+    assert set(map(float, shares.values())) == {0.5, 1.0}
+    for name, share in shares.items():
+        own, held = found[f"own/{name}"], found[f"mean/{name}"]
+        mean = own.float().mean(0).to(own.dtype)
+        assert not torch.equal(*own), name
+        assert torch.equal(held.flatten(0, 1) if share < 1 else held[0], mean), name
+        assert share < 1 or torch.equal(*held), name
 
 
 def test_gradients_are_sent_once_a_step_however_many_micro_batches(two):

@@ -65,14 +65,20 @@ def test_a_step_without_numbers_changes_nothing(spoil, on_device, first):
 
 def with_too_few_rows(trainer, short):
     """Let a trainer find rows too few in so many layers of its next attempts, and an expert idle in all of them."""
-    trainer.row_bound, plain = 1.0, trainer.gradients
+    trainer.row_bound, captured = 1.0, trainer._captured
 
-    def gradients(*inputs):
-        losses, (*observed, overflow), counts = plain(*inputs)
-        counts = counts.index_put((torch.tensor(0), torch.tensor(0)), counts.new_zeros(()))
-        return losses, [*observed, overflow + (short.pop(0) if short else 0)], counts
+    def capture():
+        plain = captured()
 
-    trainer.gradients = gradients
+        def gradients(*inputs):
+            losses, (*observed, overflow), counts = plain(*inputs)
+            counts = counts.index_put((torch.tensor(0), torch.tensor(0)), counts.new_zeros(()))
+            return losses, [*observed, overflow + (short.pop(0) if short else 0)], counts
+
+        return gradients
+
+    trainer._captured = capture
+    trainer.gradients = capture()
 
 
 @pytest.mark.parametrize("on_device", [False, True])

@@ -12,7 +12,7 @@ import torch
 from diffmoe.bench import scaling, scaling_report
 from diffmoe.bench.cases import Settings
 from diffmoe.bench.record import write_bench
-from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, markdown, read_scaling
+from diffmoe.bench.scaling_report import Measured, ScalingCase, ScalingRecord, draw, markdown, read_scaling
 from diffmoe.config import ConfigError, Precision, to_dict
 from diffmoe.training.distributed import ALONE
 
@@ -126,3 +126,16 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "scaling-0.json").write_text(json.dumps({"schema": 0}))
     with pytest.raises(ConfigError, match="not a record"):
         read_scaling(tmp_path / "scaling-0.json")
+
+
+def test_the_figure_draws_each_way_alike_in_all_panels_and_no_two_alike() -> None:
+    cases = scaling.list_cases(["L/dense", "L-E16/diffmoe"], [1, 2], "cuda", ["train", "sample"])
+    figure = draw(record(*(result(case, 10.0, case.batch) for case in cases)))
+    seen: dict[str, set[object]] = {}
+    for axes in figure.axes:
+        drawn = [line for line in axes.get_lines() if "/" in str(line.get_label())]
+        looks = [(line.get_color(), line.get_marker(), str(line._dash_pattern)) for line in drawn]
+        assert len(set(looks)) == len(drawn) > 0
+        for line, look in zip(drawn, looks, strict=True):
+            seen.setdefault(str(line.get_label()), set()).add(look)
+    assert len(seen) == 2 + (1 + 2) + (1 + 4) and all(len(looks) == 1 for looks in seen.values())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.distributed import World
 from diffmoe.training.ema import Ema
+from diffmoe.training.parallel import local, whole
 from diffmoe.training.trainer import GRADIENT_NORM, Trainer
 
 if HAS_TRITON:
@@ -250,6 +252,52 @@ def test_shares_of_two_processes_move_as_torch_moves_them(tmp_path):
         process.join()
     mine, wanted = (load_weights(tmp_path / f"{one_pass}.safetensors")[0] for one_pass in (True, False))
     assert_near(mine, wanted, 1e-4)
+
+
+def train_copies(rank, folder):
+    """Be one of two processes whose bf16 copies train, with the weights behind them shared out and whole."""
+    os.environ |= LOOPBACK
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    world, module = World(rank, 2), "diffmoe.training"
+    config = tiny_config("model.moe.pool_scope=global", "training.precision=bf16", "training.clip_norm=0.05",
+                         "training.extra_ema_half_lives=[100]")
+    for name, least in {"shared": 32, "whole": 2**40}.items():
+        with (mock.patch.object(Trainer, "_rounds", lambda _: True), mock.patch(f"{module}.parallel.LEAST_SENT", least),
+              mock.patch(f"{module}.trainer.one_pass_applies", lambda _: True)):
+            trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), world)
+        trainer.optimizer.defaults["fused"] = True
+        losses = [trainer.train_step() for _ in range(2)]
+        saved = {name: value.clone() for name, value in trainer.state().items()}
+        spoil_gradient(trainer)
+        trainer.train_step()
+        state = trainer.state() | {"losses": torch.stack([torch.stack(list(each.values())) for each in losses])}
+        averages = [item for average in trainer.averages().values() for item in average.items()]
+        state |= {f"average {key}": value.clone() for key, value in averages}
+        copies = torch.cat([copied.detach().float().flatten() for copied in trainer.trained])
+        if rank == 0:
+            assert [key for key, value in saved.items() if not torch.equal(state[key], value)] == []
+            save_weights(folder / f"{name}.safetensors", state, {})
+        weights = torch.cat([whole(parameter).detach().to(copied.dtype).float().flatten()
+                             for parameter, copied in zip(trainer.parameters, trainer.trained, strict=True)])
+        torch.testing.assert_close(copies, weights, rtol=ONE_BIT, atol=0)
+        both = world.gather(copies[None])
+        assert torch.equal(*both)
+        held = sum(mine.numel() for mine in local(trainer.parameters)) / len(copies)
+        assert (held < 0.6) == (len(trainer.one_pass.launches) > 1) == (name == "shared")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
+def test_weights_shared_out_behind_copies_move_as_whole_ones(tmp_path):
+    processes = [server().Process(target=train_copies, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    mine, wanted = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("shared", "whole"))
+    assert_near(mine, wanted, 1e-5)
 
 
 @on_device

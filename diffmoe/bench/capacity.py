@@ -19,6 +19,7 @@ from diffmoe.config import ConfigError, ModelConfig, RunConfig
 from diffmoe.data.images import seeded_generator
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.dit import DiT, build_model
+from diffmoe.training.parallel import shared_out, whole
 
 STD = 0.02
 PASSES = 2
@@ -40,8 +41,10 @@ def drawn_model(config: ModelConfig, device: torch.device) -> DiT:
 def fill_zeros(model: DiT) -> DiT:
     """Draw the matrices that start at zero and put thresholds at one half; returns the model."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            parameter.normal_(std=STD, generator=seeded_generator("bench", name, device=parameter.device))
+        if parameter.dim() > 1 and not whole(parameter).any():
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            drawn.normal_(std=STD, generator=seeded_generator("bench", name, device=parameter.device))
+            parameter.copy_(shared_out(drawn, parameter))
     for layer in model.moe_layers().values():
         if hasattr(layer.router, "threshold"):
             layer.router.threshold.fill_(0.5)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from diffmoe.bench.cases import Case
 from diffmoe.bench.record import OK, SKIPPED
 from diffmoe.cli import run_command
-from diffmoe.config import ConfigError
+from diffmoe.config import ConfigError, PoolScope
 from diffmoe.records import commit_name
 from diffmoe.report.command import report_command
 from diffmoe.report.style import COLOURS, DASHES, MARKERS, set_theme
@@ -209,6 +209,7 @@ def draw(record: ScalingRecord) -> Figure:
     panels = {title: kind for title, kind in panels.items() if kind in measured or kind == WEAK}
     figure, (grid,) = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
     networks = list(dict.fromkeys(result.case.network for result in record.results))
+    ways = sorted({(found.case.parallel, found.case.pool_scope == PoolScope.GLOBAL) for found in record.results})
     for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
         lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
         for result in record.results:
@@ -217,11 +218,11 @@ def draw(record: ScalingRecord) -> Figure:
             if found is not None and (case.work, case.scaling) == (work, scaling):
                 how = (case.network, case.system, case.parallel, case.pool_scope)
                 lines.setdefault(how, [(1, 1.0)]).append((case.processes, found))
-        hows = sorted({how[2:] for how in lines})
-        for (network, system, *how), points in lines.items():
-            axes.plot(*zip(*points, strict=True), color=COLOURS.get(system, "#56b4e9"),
-                      marker=MARKERS[networks.index(network)], dashes=DASHES[hows.index(tuple(how))], lw=1.5, ms=5,
-                      label=" ".join(part for part in (network, *how) if part))
+        for (network, system, parallel, scope), points in lines.items():
+            axes.plot(*zip(*points, strict=True), color=COLOURS.get(system, "#56b4e9"), lw=1.5, ms=5,
+                      marker=MARKERS[networks.index(network)],
+                      dashes=DASHES[ways.index((parallel, scope == PoolScope.GLOBAL))],
+                      label=" ".join(part for part in (network, parallel, scope) if part))
         counts = sorted({1, *(count for points in lines.values() for count, _ in points)})
         if reached := [count for count in counts if (work, scaling) == WEAK and count in TARGETS]:
             axes.plot(reached, [TARGETS[count] for count in reached], "_k", ms=14, mew=1.5, label="to reach")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffmoe.bench.capacity import calibrate, drawn_model, expert_rates, fill_zeros, set_thresholds
 from diffmoe.bench.cases import Case, random_images
-from diffmoe.config import ModelConfig, Parallel, RunConfig
+from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.data import ImageData
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, prepare_call, sample_images
 from diffmoe.models.counting import flops_per_call
@@ -78,9 +78,8 @@ class Training:
     def __init__(self, case: Case, config: RunConfig, shared: Shared, world: World = ALONE) -> None:
         self.config = config
         self.trainer = Trainer(config, 0, shared.images(config), shared.device, world)
-        if world.size == 1 or config.runtime.parallel is not Parallel.FSDP:  # whose shares are not drawn one by one
-            fill_zeros(self.trainer.model)
-            self.trainer.round_weights()
+        fill_zeros(self.trainer.model)
+        self.trainer.round_weights()
 
     def call(self) -> object:
         """Make one optimiser step."""

@@ -1,6 +1,6 @@
 """Train some steps, alone or under torchrun, and write every loss, the throughput and the memory: nothing is kept.
 
-`sums_apart` is how far the sums of the processes' weights are apart in the end: 0 under DDP.
+`sums_apart` is how far the sums of the weights that the processes compute with are apart in the end: 0 under DDP.
 
     torchrun --nproc-per-node 2 -m diffmoe.rehearsal.losses --steps 20 --json FILE --config FILE ... key=value
 """
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             chunk = [world.mean([trainer.train_step()["mse"]])[0] for _ in range(count)]
             losses += torch.stack(chunk).tolist()
             seconds.append((time.perf_counter() - started) / count)
-        held = sum(weight.double().sum().item() for weight in local([*trainer.model.parameters()]))
+        held = sum(weight.double().sum().item() for weight in local(trainer.trained))
         peak, most, least = world.largest([float(peak_memory_bytes(device)), held, -held], device)
         if world.is_main:
             speed = config.training.batch_size / statistics.median(seconds)

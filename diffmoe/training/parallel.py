@@ -1,8 +1,13 @@
-"""One model on several processes: a copy each (DDP), or a share of every tensor each (FSDP2).
+"""One model on several processes: a whole one each (DDP), or a share of every tensor each (FSDP2).
 
 Gradients are averaged over processes either way. Buffers (thresholds) stay whole and belong to the trainer: no wrapper
-sends them around. FSDP shares out weights, gradients, moments and averages, block by block; a state in full is the same
-names and shapes at any number of processes, so that a checkpoint of eight loads in one, and back.
+sends them around. FSDP shares out weights, gradients, moments and averages. Where bf16 copies train,
+each process of DDP has them whole, and shares out the float32 weights, moments and averages behind them alone: it gets
+the mean of its part of a gradient, moves its part of the weights and sends the new copies (the first stage of ZeRO,
+arXiv 1910.02054). As many bytes travel as for a mean in full, and no work on the weights is done twice.
+
+A state in full is the same names and shapes at any number of processes, so that a checkpoint of eight loads in one, and
+back.
 """
 
 from __future__ import annotations
@@ -13,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.export import register_dataclass
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,34 +38,48 @@ for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see th
     register_dataclass(output)
 
 
-def distribute(model: DiT, averages: Sequence[DiT], config: RunConfig, world: World, device: torch.device) -> nn.Module:
-    """Make `model` train together with those of the other processes; return the network to call.
+LEAST_SENT = 2**19
+"""Elements of a tensor that is worth transfers of its own; what is smaller is averaged together and not shared out."""
+BLOCKS_SENT = 2
+"""Blocks whose weights and gradients FSDP sends together: of fewer, the host would be slower than the GPU."""
 
-    Gradients are averaged in its backward, but under DDP those of `exact_parameters`. Under FSDP its parameters are
-    replaced by their shares, as are those of the averages, copies of it made before. An optimiser is made afterwards.
+# torch 2.14 has new names for what is used here; 2.11 does not know them.
+warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+
+
+def distribute(model: DiT, trained: DiT, averages: Sequence[DiT], config: RunConfig, world: World,
+               device: torch.device) -> nn.Module:
+    """Make `trained` train together with those of the other processes; return the network to call.
+
+    Its gradients are averaged in its backward, but those of copies by `GradientParts`. What is shared out of the model
+    and the averages, copies of it made before, is replaced by this process's share. An optimiser is made afterwards.
+
+    Args:
+        model: holds the weights.
+        trained: the model itself, or a network with bf16 copies of some of its parameters, and the others themselves.
 
     Raises:
         ConfigError: for a compiler that is known to get gradients wrong.
     """
     if config.model.moe is not None and config.model.moe.pool_scope is PoolScope.GLOBAL:
-        for layer in model.moe_layers().values():
+        for layer in trained.moe_layers().values():
             layer.router.world = world
     if config.runtime.compiles(device.type):
         # Seen with 2.11 and 2.13, whose C++ has the gates' gradients 56 % off; not with 2.14.
         require(device.type != "cpu" or torch.__version__ >= "2.14", "runtime.compile", True,
                 f"on a CPU torch {torch.__version__} compiles wrong gradients; use false, or torch 2.14")
-        compile_blocks(model.blocks)
-    if world.size > 1 and config.runtime.parallel is Parallel.FSDP:
+        compile_blocks(trained.blocks)
+    if world.size == 1:
+        return trained
+    if config.runtime.parallel is Parallel.FSDP:
         mesh = init_device_mesh(device.type, (world.size,))
         for sharded in (model, *averages):
             _shard(sharded, mesh, config.training.precision)
-        return model
-    if world.size == 1:
-        return model
+        return trained
+    if trained is not model:
+        _share_out(trained, (model, *averages), init_device_mesh(device.type, (world.size,)))
+        return trained
     torch._dynamo.config.optimize_ddp = False  # would cut the compiled blocks where DDP's buckets end
-    exact = {id(parameter) for parameter in exact_parameters(model)}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [name for name, parameter in model.named_parameters() if id(parameter) in exact])
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames the option
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -72,18 +92,73 @@ def accumulating(network: nn.Module) -> contextlib.AbstractContextManager:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def exact_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the float32 parameters of a model whose others are bf16 copies; of any other model none.
+def _share_out(trained: DiT, held: Sequence[DiT], mesh: DeviceMesh) -> None:
+    """Share out the rows of the large tensors of which bf16 copies train; `held` are the networks that hold them.
 
-    DDP would fill a bucket with the routers of many blocks, and all gradients behind it would wait for the last one.
+    The others stay whole on every process: small ones, and those whose rows are no multiple of the processes.
     """
-    parameters = list(model.parameters())
-    mixed = len({parameter.dtype for parameter in parameters}) > 1
-    return [parameter for parameter in parameters if mixed and parameter.dtype is torch.float32]
+    for name, copied in trained.named_parameters():
+        if copied.dtype is torch.float32 or copied.numel() < LEAST_SENT or len(copied) % mesh.size() != 0:
+            continue
+        path, _, leaf = name.rpartition(".")
+        for network in held:
+            module = network.get_submodule(path)
+            parameter = module.get_parameter(leaf)
+            mine = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            shared = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
+            setattr(module, leaf, nn.Parameter(shared, parameter.requires_grad))
+
+
+class GradientParts:
+    """Averages the gradients of a network with bf16 copies: of what is shared out, this process's part.
+
+    Args:
+        trained: what has the gradients.
+        parameters: the weights behind them, in the same order.
+        world: the processes.
+    """
+
+    def __init__(self, trained: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter], world: World) -> None:
+        self.world = world
+        self.under_way: list[dist.Work] = []
+        self.whole: list[nn.Parameter] = []
+        for copied, parameter in zip(trained, parameters, strict=True):
+            if isinstance(parameter, DTensor):
+                copied.register_post_accumulate_grad_hook(self._send)
+            else:
+                self.whole.append(copied)
+
+    def _send(self, copied: nn.Parameter) -> None:
+        mine = copied.grad.chunk(self.world.size)[self.world.rank]
+        self.under_way.append(dist.reduce_scatter_tensor(mine, copied.grad, dist.ReduceOp.AVG, async_op=True))
+
+    def finish(self) -> None:
+        """Wait for the means that a backward has started, and make those of all tensors that are not shared out."""
+        for work in self.under_way:
+            work.wait()
+        self.under_way.clear()
+        gradients = [parameter.grad for parameter in self.whole]
+        torch._foreach_copy_(gradients, self.world.mean(gradients))
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a tensor, shared out or whole, in the same memory: all, if `like` is whole, too."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if isinstance(like, DTensor):
+        return tensor.detach().chunk(like.device_mesh.size())[like.device_mesh.get_local_rank()]
+    return tensor
+
+
+def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[dist.Work]:
+    """Start to send this process's part of each copy of a weight that is shared out, and to get the others."""
+    return [dist.all_gather_into_tensor(copied.detach(), own_part(copied, parameter), async_op=True)
+            for copied, parameter in zip(copies, parameters, strict=True)
+            if isinstance(parameter, DTensor) and not isinstance(copied, DTensor)]
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shard block by block; in bf16 blocks travel as autocast would cast them, routers and embeddings as they are.
+    """Shard some blocks at a time; in bf16 they travel as autocast would cast them, routers and embeddings as they are.
 
     Routers go with the embeddings: as groups of their own they would cut the compiled blocks. What is gathered stays
     until the backward has used it, 2 bytes a parameter beside the 16 of weight, moments and average that are shared.
@@ -98,8 +173,9 @@ def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
         return {parameter for layer in model.moe_layers().values() for parameter in layer.router.parameters()}
 
     fully_shard(model, mesh=mesh, mp_policy=whole, ignored_params=set(model.blocks.parameters()) - of_routers())
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=cast, ignored_params=of_routers(), reshard_after_forward=False)
+    for start in range(0, len(model.blocks), BLOCKS_SENT):
+        blocks = list(model.blocks[start:start + BLOCKS_SENT])
+        fully_shard(blocks, mesh=mesh, mp_policy=cast, ignored_params=of_routers(), reshard_after_forward=False)
 
 
 def local(tensors: Sequence[T]) -> list[T]:

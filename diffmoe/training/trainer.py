@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffmoe.config import ConfigError, Parallel, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageOrder, TrainingData
@@ -25,11 +27,11 @@ from diffmoe.training.distributed import ALONE, World
 from diffmoe.training.ema import Ema
 from diffmoe.training.graph import Graphed
 from diffmoe.training.parallel import (
+    GradientParts,
     accumulating,
     distribute,
-    exact_parameters,
     gathered,
-    local,
+    own_part,
     shared_out,
     whole,
 )
@@ -106,14 +108,12 @@ class Trainer:
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
         compiled = config.runtime.compiles(device.type)
+        self.compiled_on_gpu = compiled and device.type == "cuda"
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        on_gpu = compiled and device.type == "cuda"
-        graphed = on_gpu and world.size == 1 and not self.model.waits_for_device(dtype_of_products(config.training))
-        trained = self.model.rounded(torch.bfloat16) if on_gpu and HAS_TRITON and self._rounds() else self.model
-        self.network = distribute(trained, averages, config, world, device)
-        self.exact = exact_parameters(trained) if world.size > 1 else []
+        trained = self.model.rounded(torch.bfloat16) if self._rounds() else self.model
+        self.network = distribute(self.model, trained, averages, config, world, device)
         apart = config.training.expert_rate != 1
         groups = _groups(self.model, apart)
         self.parameters = list(itertools.chain(*groups))
@@ -124,7 +124,10 @@ class Trainer:
             [{"params": group} for group in groups], lr=config.training.learning_rate,
             weight_decay=config.training.weight_decay, betas=(0.9, config.training.adam_beta2),
             fused=device.type == "cuda")
-        self.gradients = Graphed(self._gradients) if graphed else self._gradients
+        self.parts: GradientParts | None = None
+        if trained is not self.model and world.size > 1:
+            self.parts = GradientParts(self.trained, self.parameters, world)
+        self.gradients = self._captured()
         predictors = {id(parameter) for parameter in self.model.predictor_parameters()}
         self.clipped = [parameter for parameter in self.parameters if id(parameter) not in predictors]
         self.one_pass: OnePass | None = None
@@ -149,17 +152,24 @@ class Trainer:
     def _rounds(self) -> bool:
         """Say whether gradients may be bf16, as the products make them: no micro-batch's is added to another's.
 
-        DDP averages them over processes as they are, at half the bytes of float32; FSDP does so in float32.
+        They are averaged over processes as they are, at half the bytes of float32; FSDP does so in float32.
         """
-        return (self.config.training.precision is Precision.BF16 and not self.shared_out
-                and self.micro_batch * self.world.size == self.config.training.batch_size)
+        training = self.config.training
+        return (self.compiled_on_gpu and HAS_TRITON and training.precision is Precision.BF16 and not self.shared_out
+                and self.micro_batch * self.world.size == training.batch_size)
+
+    def _captured(self) -> Callable[..., Any]:
+        """Return `_gradients`, as a CUDA graph where nothing in it waits for the host or is a wrapper's."""
+        wrapped = self.world.size > 1 and self.parts is None
+        waits = self.model.waits_for_device(dtype_of_products(self.config.training))
+        return Graphed(self._gradients) if self.compiled_on_gpu and not waits and not wrapped else self._gradients
 
     @torch.no_grad()
     def round_weights(self) -> None:
-        """Make the copies that train anew, after somebody else has changed the model's weights."""
+        """Make the copies that train anew, after somebody else has changed the model's weights; on every process."""
         for copied, parameter in zip(self.trained, self.parameters, strict=True):
             if copied is not parameter:
-                copied.copy_(parameter)
+                copied.copy_(whole(parameter))
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Draw the inputs of optimiser step `step` (from 0), of all processes together or only some rows of them."""
@@ -201,6 +211,7 @@ class Trainer:
             group["lr"] = training.learning_rate * relative * self._warmup_factor()
         while (losses := self._try_step(batch)) is None:
             self.row_bound *= 2
+            self.gradients = self._captured()
         self.step += 1
         self._wait_for_step_before()
         return {name: loss.clone() for name, loss in losses.items()}
@@ -288,14 +299,15 @@ class Trainer:
             observed = [old + new for old, new in zip(observed, seen, strict=True)] if observed else seen
             if output.routings:
                 counts_LE += torch.stack([routing.counts(counts_LE.shape[1]) for routing in output.routings])
-        if exact := [parameter.grad for parameter in self.exact]:
-            torch._foreach_copy_(exact, self.world.mean(exact))
+        if self.parts is not None:
+            self.parts.finish()
         objective = sum(total.values())
         if self.one_pass is not None and self.config.training.clip_norm is not None:
             finite, total[GRADIENT_NORM] = self._finite_and_norm()
         else:
-            gradients = local([parameter.grad for parameter in self.network.parameters() if parameter.grad is not None])
-            held = [gradient for gradient in gradients if gradient.numel()]  # a share may be empty
+            pairs = zip(self.trained, self.parameters, strict=True)
+            held = [own_part(trained.grad, parameter) for trained, parameter in pairs if trained.grad is not None]
+            held = [gradient for gradient in held if gradient.numel()]  # a share may be empty
             finite = _norms(held, math.inf).isfinite().all()
         return total, [objective.masked_fill(~finite, math.nan), *observed], counts_LE
 
@@ -305,13 +317,15 @@ class Trainer:
         Squares leave float32 beyond 1e19: gradients as large as that count as not finite.
         """
         clipped = {id(parameter) for parameter in self.clipped}
-        to_clip, others = [], []
+        full, shared, others = [], [], []
         for parameter, trained in zip(self.parameters, self.trained, strict=True):
             if trained.grad is not None:
-                (to_clip if id(parameter) in clipped else others).append(trained.grad)
-        norm = torch.linalg.vector_norm(_norms(local(to_clip), 2))
-        finite = torch.stack([norm, *_norms(local(others), 2)]).isfinite().all()
-        return finite, self.world.sum(norm.square()).sqrt() if self.shared_out else norm
+                to_clip = shared if isinstance(parameter, DTensor) else full
+                (to_clip if id(parameter) in clipped else others).append(own_part(trained.grad, parameter))
+        norm = torch.linalg.vector_norm(_norms(full, 2))
+        if shared:
+            norm = (norm.square() + self.world.sum(_norms(shared, 2).square().sum())).sqrt()
+        return torch.stack([norm, *_norms(others, 2)]).isfinite().all(), norm
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser.

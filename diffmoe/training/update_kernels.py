@@ -10,12 +10,14 @@ together they read 20 (w, gradient, m, v, e) and write 16. Of a weight that trai
 and the copy is written too: 18 and 18. Arithmetic is float32; what depends on t and the rate is float64 and made once
 a tensor. Where the step is broken nothing is written, t among it, and nobody waits to know.
 
-A launch covers all tensors: a table (rows, N) of int64 holds what the kernels know of N tensors, addresses among it,
-and each program works on one block of one tensor. Of what FSDP shares out, a process moves its share.
+A launch covers many tensors: a table (rows, N) of int64 holds what the kernels know of N tensors, addresses among it,
+and each program works on one block of one tensor. Of what is shared out, a process moves its share; while it moves
+the next tensors, copies that every process needs whole travel.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,11 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe.data.images import send
-from diffmoe.training.parallel import local
+from diffmoe.training.parallel import local, own_part, send_parts
 
 BLOCK, NUM_WARPS = 1024, 8
 """Elements of a program, 4 of each tensor in a thread: of bf16 a thread would rather take 8, and 4 of float32; with
 more than 4, elements would change threads on the way, and registers leave a multiprocessor to one program."""
+LAUNCHES = 8
+"""Of a pass whose copies travel: the last part of them travels alone."""
 TENSORS = 128
 """Tensors of a program of `_prepare`."""
 VECTOR_BYTES = tl.constexpr(16)
@@ -70,17 +74,14 @@ class OnePass:
         self.clip_norm = float(clip_norm or 0)
         self.averages = averages
         self.trained = trained
-        self.copies = [None if copied is parameter else copied
+        self.copies = [None if copied is parameter else own_part(copied, parameter)
                        for copied, parameter in zip(trained, self.parameters, strict=True)]
         self.device = self.parameters[0].device
         sizes = [parameter.numel() for parameter in local(self.parameters)]
         chosen = {id(parameter) for parameter in clipped} if clip_norm is not None else set()
         self.is_clipped, self.sizes = [int(id(parameter) in chosen) for parameter in self.parameters], sizes
-        counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
-        tensors = torch.repeat_interleave(counts)
-        numbers = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
-        self.blocks = torch.stack([tensors, numbers], 1).int().to(self.device)
-        """A tensor, and which of its blocks."""
+        self.launches = [(tensors, _blocks(sizes, tensors).to(self.device)) for tensors in self._divided(sizes)]
+        """Tensors, and the blocks of a launch: a tensor, and which of its blocks."""
         self.numbers = torch.empty(4, len(sizes), device=self.device)
         self.addresses: list[list[int]] = []
         self.table = torch.empty(0)
@@ -106,13 +107,31 @@ class OnePass:
             _prepare[(triton.cdiv(num_tensors, TENSORS),)](
                 self.table, rates, self.numbers if norm is None else norm, broken, self.numbers, self.clip_norm,
                 num_tensors, beta1, beta2, group["weight_decay"], len(self.averages), TENSORS)
-            _move[(len(self.blocks),)](
-                self.table, self.blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
-                len(self.averages), BLOCK, num_warps=NUM_WARPS)
+            under_way = []
+            for tensors, blocks in self.launches:
+                _move[(len(blocks),)](
+                    self.table, blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
+                    len(self.averages), BLOCK, num_warps=NUM_WARPS)
+                under_way += send_parts(self.trained[tensors], self.parameters[tensors])
+            for work in under_way:
+                work.wait()
+
+    def _divided(self, sizes: list[int]) -> list[slice]:
+        """Divide the tensors into those of a launch: of one, or of several of about a size where copies travel."""
+        travel = any(copied is not None and copied.numel() < trained.numel()
+                     for copied, trained in zip(self.copies, self.trained, strict=True))
+        largest = sum(sizes) / (LAUNCHES if travel else 1)
+        starts, behind = [0], 0
+        for index, size in enumerate(sizes):
+            if behind >= largest:
+                starts, behind = [*starts, index], 0
+            behind += size
+        return [slice(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
     def _find_addresses(self) -> None:
         """Make the state where there is none yet, and the table anew where an address has changed."""
-        gradients = local([copied.grad for copied in self.trained])
+        gradients = [None if copied.grad is None else own_part(copied.grad, parameter)
+                     for copied, parameter in zip(self.trained, self.parameters, strict=True)]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None and parameter not in self.optimizer.state:  # as AdamW's first step does
                 self.optimizer.state[parameter] = {
@@ -129,6 +148,13 @@ class OnePass:
                        for each in zip(*addresses[1:], strict=True)]
             table = [self.is_clipped, self.groups, aligned, self.sizes, *addresses]
             self.addresses, self.table = addresses, send(torch.tensor(table, dtype=torch.int64), self.device)
+
+
+def _blocks(sizes: Sequence[int], tensors: slice) -> Tensor:
+    """Return each block of some of the tensors, int32 (blocks, 2): the tensor, and which of its blocks."""
+    counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes[tensors]])
+    which = torch.repeat_interleave(counts)
+    return torch.stack([which + tensors.start, torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]], 1).int()
 
 
 @triton.jit

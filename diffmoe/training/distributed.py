@@ -7,6 +7,7 @@ from its checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -132,6 +133,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size())
         dist.barrier()  # gloo has been seen to abort a process that leaves while another is in the last call
     finally:
+        gc.collect()  # a CUDA graph with collectives in it, held in a cycle, would let NCCL wait for its end
         dist.destroy_process_group()
 
 

@@ -127,6 +127,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     # torchrun (2.14) keeps one store over its restarts, in which the dead processes' addresses still stand
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # else transfers wait for the last block of kernels beside
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT, store=store, rank=rank,
                             world_size=size)
     try:

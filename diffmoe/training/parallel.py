@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _coalescing_manager, _CoalescingManager
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.export import register_dataclass
@@ -39,7 +40,9 @@ for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see th
 
 
 LEAST_SENT = 2**19
-"""Elements of a tensor that is worth transfers of its own; what is smaller is averaged together and not shared out."""
+"""Elements of a tensor that is worth sharing out; what is smaller is averaged together and moved by every process."""
+SENT_TOGETHER = 2**23
+"""Elements of gradients that are sent together: every kernel of NCCL waits for the other processes, and for room."""
 BLOCKS_SENT = 2
 """Blocks whose weights and gradients FSDP sends together: of fewer, the host would be slower than the GPU."""
 
@@ -120,22 +123,34 @@ class GradientParts:
 
     def __init__(self, trained: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter], world: World) -> None:
         self.world = world
-        self.under_way: list[dist.Work] = []
+        self.waiting: list[Tensor] = []
+        self.under_way: list[_CoalescingManager] = []
         self.whole: list[nn.Parameter] = []
         for copied, parameter in zip(trained, parameters, strict=True):
             if isinstance(parameter, DTensor):
-                copied.register_post_accumulate_grad_hook(self._send)
+                copied.register_post_accumulate_grad_hook(self._add)
             else:
                 self.whole.append(copied)
 
-    def _send(self, copied: nn.Parameter) -> None:
-        mine = copied.grad.chunk(self.world.size)[self.world.rank]
-        self.under_way.append(dist.reduce_scatter_tensor(mine, copied.grad, dist.ReduceOp.AVG, async_op=True))
+    def _add(self, copied: nn.Parameter) -> None:
+        self.waiting.append(copied.grad)
+        if sum(gradient.numel() for gradient in self.waiting) >= SENT_TOGETHER:
+            self._send()
+
+    def _send(self) -> None:
+        with _coalescing_manager(async_ops=True) as started:
+            for gradient in self.waiting:
+                mine = gradient.chunk(self.world.size)[self.world.rank]
+                dist.reduce_scatter_tensor(mine, gradient, dist.ReduceOp.AVG, async_op=True)
+        self.under_way.append(started)
+        self.waiting.clear()
 
     def finish(self) -> None:
         """Wait for the means that a backward has started, and make those of all tensors that are not shared out."""
-        for work in self.under_way:
-            work.wait()
+        if self.waiting:
+            self._send()
+        for started in self.under_way:
+            started.wait()
         self.under_way.clear()
         gradients = [parameter.grad for parameter in self.whole]
         torch._foreach_copy_(gradients, self.world.mean(gradients))
@@ -150,11 +165,17 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[dist.Work]:
-    """Start to send this process's part of each copy of a weight that is shared out, and to get the others."""
-    return [dist.all_gather_into_tensor(copied.detach(), own_part(copied, parameter), async_op=True)
-            for copied, parameter in zip(copies, parameters, strict=True)
-            if isinstance(parameter, DTensor) and not isinstance(copied, DTensor)]
+def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[_CoalescingManager]:
+    """Start to send this process's parts of copies whose weights are shared out, and to get the others; wait for it."""
+    pairs = [(copied.detach(), own_part(copied, parameter))
+             for copied, parameter in zip(copies, parameters, strict=True)
+             if isinstance(parameter, DTensor) and not isinstance(copied, DTensor)]
+    if not pairs:
+        return []
+    with _coalescing_manager(async_ops=True) as started:
+        for copied, mine in pairs:
+            dist.all_gather_into_tensor(copied, mine, async_op=True)
+    return [started]
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:

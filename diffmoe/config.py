@@ -409,8 +409,8 @@ class RuntimeConfig:
     micro_batch_size: int | None = field(default=None, metadata=RUNTIME)
     """Images of one forward in training; null: a process's whole share. It may not cut a router's pool."""
     parallel: Parallel = field(default=Parallel.DDP, metadata=RUNTIME)
-    """Several processes: a whole model each (ddp; bf16 on GPUs shares out float32 weights, moments and averages), or a
-    share of it (fsdp; for L and up)."""
+    """Several processes: each computes with a whole model (ddp; in bf16 on GPUs, float32 weights, moments and averages
+    are shared out), or has a share of every tensor (fsdp; where that is too large)."""
     max_skipped_steps: int = field(default=100, metadata=RUNTIME)
     """Steps of a run that may change nothing because a loss or gradient was not finite; one more stops it. No part of a
     digest: a run that ends is the same at any number."""

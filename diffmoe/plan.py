@@ -122,19 +122,20 @@ def plan(tables: Mapping[str, Sequence[Row]], seeds: int, gpus: int, bench: Path
     return "\n".join([
         *parts, f"In all: {_hours(sum(trained.values()))} GPU hours of training, {_hours(sampling_hours)} of sampling; "
         f"{sum(map(len, tables.values()))} rows x {seeds} seeds, {len(trained)} trainings a seed.", "",
-        f"Memory: of one of {gpus} GPUs with DDP. State: weights, gradients, AdamW's moments, averages, in float32. "
-        "Activations: an",
-        f"estimate for its share of the batch, {ACTIVATION_BYTES} bytes a token, width and block. images/s: measured "
-        "(results/bench) or,",
-        f"marked ?, assumed: {ASSUMED_MFU:.0%} of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s at C = 1. A call of sampling: "
-        "a third of a training step."])
+        f"Memory: of one of {gpus} GPUs with DDP. State: weights and gradients in bf16, and its share of weights, "
+        "AdamW's moments and",
+        f"averages in float32. Activations: an estimate for its share of the batch, {ACTIVATION_BYTES} bytes a token, "
+        "width and block. images/s:",
+        f"measured (results/bench) or, marked ?, assumed: {ASSUMED_MFU:.0%} of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s at "
+        "C = 1. A call of sampling: a third of a training step."])
 
 
 def _line(cost: Cost, seeds: int, gpus: int, *, shared: bool) -> list[str]:
     config = cost.row.config
     count, capacity = count_parameters(config.model), config.model.moe.capacity if config.model.moe else 1.0
     return [cost.row.label, f"{count.total / 1e6:,.1f}", f"{count.activated_paper(capacity) / 1e6:,.1f}",
-            f"{flops_per_call(config.model, capacity) / 1e9:,.1f}", f"{state_bytes(config, count.total) / 2**30:,.1f}",
+            f"{flops_per_call(config.model, capacity) / 1e9:,.1f}",
+            f"{state_bytes(config, count.total, gpus) / 2**30:,.1f}",
             f"{activation_bytes(config, gpus) / 2**30:,.1f}", f"{cost.throughput:,.0f}{'' if cost.measured else ' ?'}",
             "shared" if shared else _hours(seeds * cost.training_hours), _hours(seeds * cost.sampling_hours)]
 

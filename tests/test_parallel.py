@@ -6,15 +6,16 @@ Two processes run every case once (`cases`) and write what came out to a file; t
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router, randomise
-from processes import LOOPBACK, server
+from processes import LOOPBACK, free_port, server
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -24,8 +25,9 @@ from diffmoe.config import ConfigError, PoolScope
 from diffmoe.data import load_data
 from diffmoe.models.dit import ModelOutput
 from diffmoe.moe.routing import Router, Routing, largest
+from diffmoe.training import graph
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.training.distributed import ALONE, World
+from diffmoe.training.distributed import ALONE, World, join_world
 from diffmoe.training.parallel import GradientParts, distribute, local, own_part
 from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer, micro_batch_size
@@ -387,3 +389,19 @@ def test_the_global_scope_lets_a_pool_span_processes_but_no_micro_batch(system, 
     else:
         with pytest.raises(ConfigError, match="pool spans 8 images"):
             micro_batch_size(config, World(0, 2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_graphs_are_given_up_before_the_processes_part(monkeypatch, fails):
+    """Else NCCL waits for ever for one that somebody holds: a frame of an error's traceback, for example."""
+    done, captured, destroy = [], Mock(), dist.destroy_process_group
+    captured.graph.reset.side_effect = lambda: done.append("given up")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("parted") or destroy())
+    for name, value in (LOOPBACK | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    graph.captured.add(captured)
+    with pytest.raises(ConfigError) if fails else nullcontext(), join_world(CPU):
+        if fails:
+            raise ConfigError("an error")
+    assert done == ["given up", "parted"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_memory_a_gpu_falls_with_the_gpus_and_counts_every_average():
     config = rows("flow-7000k")[0].config
     assert plan.activation_bytes(config, 8) == plan.activation_bytes(config, 1) / 8
     assert plan.state_bytes(config, 10) == 200
+    assert plan.state_bytes(config, 10, 8) == 40 + 160 / 8
+    training = dataclasses.replace(config.training, extra_ema_half_lives=(1.0,))
+    assert plan.state_bytes(dataclasses.replace(config, training=training), 10, 8) == 40 + 200 / 8
+    in_parts = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, micro_batch_size=2))
+    assert plan.state_bytes(in_parts, 10, 8) == 200
 
 
 def test_a_dry_run_needs_no_data_and_a_run_refuses_tables_that_no_folder_can_hold(capsys):

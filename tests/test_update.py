@@ -1,5 +1,6 @@
 """Clipping, AdamW and averages in one pass against torch's own, in Triton's interpreter where there is no GPU."""
 
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from diffmoe.config import EmaBuffers
 from diffmoe.data import load_data
 from diffmoe.models.kernels import HAS_TRITON
+from diffmoe.training import parallel
 from diffmoe.training.checkpoint import load_weights, save_weights
 from diffmoe.training.distributed import World
 from diffmoe.training.ema import Ema
@@ -254,35 +256,52 @@ def test_shares_of_two_processes_move_as_torch_moves_them(tmp_path):
     assert_near(mine, wanted, 1e-4)
 
 
+def copies_and_weights(trainer):
+    """Return all that a process computes with, and the weights behind it, rounded."""
+    weights = [whole(parameter).detach().to(copied.dtype)
+               for copied, parameter in zip(trainer.trained, trainer.parameters, strict=True)]
+    return [torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+            for tensors in (trainer.trained, weights)]
+
+
 def train_copies(rank, folder):
     """Be one of two processes whose bf16 copies train, with the weights behind them shared out and whole."""
     os.environ |= LOOPBACK
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    world, module = World(rank, 2), "diffmoe.training"
+    world = World(rank, 2)
     config = tiny_config("model.moe.pool_scope=global", "training.precision=bf16", "training.clip_norm=0.05",
                          "training.extra_ema_half_lives=[100]")
+    parallel.SENT_TOGETHER = 1000  # several times in a backward
     for name, least in {"shared": 32, "whole": 2**40}.items():
-        with (mock.patch.object(Trainer, "_rounds", lambda _: True), mock.patch(f"{module}.parallel.LEAST_SENT", least),
-              mock.patch(f"{module}.trainer.one_pass_applies", lambda _: True)):
+        with (mock.patch.object(Trainer, "_rounds", lambda _: True), mock.patch.object(parallel, "LEAST_SENT", least),
+              mock.patch("diffmoe.training.trainer.one_pass_applies", lambda _: True)):
             trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), world)
         trainer.optimizer.defaults["fused"] = True
         losses = [trainer.train_step() for _ in range(2)]
         saved = {name: value.clone() for name, value in trainer.state().items()}
-        spoil_gradient(trainer)
+        if rank == 0:
+            save_weights(folder / "saved.safetensors", saved, {})
+        largest = max(trainer.trained, key=torch.numel)
+        hook = largest.register_hook(lambda gradient: gradient * math.inf if rank == 1 else gradient)
         trainer.train_step()
-        state = trainer.state() | {"losses": torch.stack([torch.stack(list(each.values())) for each in losses])}
+        after = trainer.state()
+        assert [key for key, value in saved.items() if not torch.equal(after[key], value)] == []
+        hook.remove()
+        trainer.train_step()
+        copies, weights = copies_and_weights(trainer)
+        torch.testing.assert_close(copies, weights, rtol=ONE_BIT, atol=0)
+        assert torch.equal(*world.gather(copies[None]))
+        dist.barrier()
+        trainer.load_state(load_weights(folder / "saved.safetensors")[0], 2)
+        assert torch.equal(*copies_and_weights(trainer))
+        trainer.train_step()
+        state = trainer.state()
+        state |= {"losses": torch.stack([torch.stack(list(each.values())) for each in losses])}
         averages = [item for average in trainer.averages().values() for item in average.items()]
         state |= {f"average {key}": value.clone() for key, value in averages}
-        copies = torch.cat([copied.detach().float().flatten() for copied in trainer.trained])
         if rank == 0:
-            assert [key for key, value in saved.items() if not torch.equal(state[key], value)] == []
             save_weights(folder / f"{name}.safetensors", state, {})
-        weights = torch.cat([whole(parameter).detach().to(copied.dtype).float().flatten()
-                             for parameter, copied in zip(trainer.parameters, trainer.trained, strict=True)])
-        torch.testing.assert_close(copies, weights, rtol=ONE_BIT, atol=0)
-        both = world.gather(copies[None])
-        assert torch.equal(*both)
         held = sum(mine.numel() for mine in local(trainer.parameters)) / len(copies)
         assert (held < 0.6) == (len(trainer.one_pass.launches) > 1) == (name == "shared")
     dist.destroy_process_group()

@@ -12,19 +12,22 @@ Counted on the meta device from the modules themselves, in seconds at any size. 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.config import ModelConfig, RunConfig
+from diffmoe.config import ModelConfig, Precision, RunConfig
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import Routing
 
 PREDICTOR = ".router.predictor."
 STATE_BYTES = 20
-"""A parameter in training: float32 weight, gradient, two moments, average."""
+"""A parameter in training: float32 weight, two moments, average; gradient, in float32 or in bf16 beside a bf16 copy."""
+COPY_BYTES = 4
+"""Of these, a copy and its gradient in bf16."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,12 @@ class _NoExperts(torch.nn.Module):
         return x_SD
 
 
-def state_bytes(config: RunConfig, num_parameters: int) -> int:
-    """Return the bytes of weights, gradients, moments and averages of a training."""
-    return (STATE_BYTES + 4 * len(config.training.extra_ema_half_lives)) * num_parameters
+def state_bytes(config: RunConfig, num_parameters: int, processes: int = 1) -> int:
+    """Return the bytes of weights, gradients, moments and averages on each of some processes that train by DDP.
+
+    Where bf16 copies train, a process has them and their gradients whole, and a share of all else.
+    """
+    copied = config.training.precision is Precision.BF16 and config.runtime.micro_batch_size is None
+    whole = COPY_BYTES if copied else STATE_BYTES
+    shared = STATE_BYTES - whole + 4 * len(config.training.extra_ema_half_lives)
+    return math.ceil((whole + shared / (processes if copied else 1)) * num_parameters)

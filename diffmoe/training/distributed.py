@@ -7,7 +7,6 @@ from its checkpoint.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.config import ConfigError
+from diffmoe.training.graph import forget_captures
 
 START_TIMEOUT = timedelta(minutes=10)
 """Longest wait for another process before training: data are read and networks compiled meanwhile."""
@@ -134,7 +134,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size())
         dist.barrier()  # gloo has been seen to abort a process that leaves while another is in the last call
     finally:
-        gc.collect()  # a CUDA graph with collectives in it, held in a cycle, would let NCCL wait for its end
+        forget_captures()
         dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ they run; so is a call of the network.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -21,6 +22,7 @@ MOST_COMPILED = 64
 without gradients); after those it would run uncompiled."""
 
 Outputs = TypeVar("Outputs")
+captured: weakref.WeakSet[Graphed] = weakref.WeakSet()
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
@@ -41,6 +43,12 @@ def release_memory(device: torch.device) -> None:
         gc.collect()  # a graph and the function that it has captured hold each other
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+def forget_captures() -> None:
+    """Give up all graphs: NCCL does not end before those that hold its collectives, whoever still holds them."""
+    for graphed in captured:
+        graphed.graph.reset()
 
 
 class Graphed(Generic[Outputs]):
@@ -74,5 +82,6 @@ class Graphed(Generic[Outputs]):
             # Other threads may call CUDA meanwhile: the one that watches NCCL's collectives does.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
+            captured.add(self)
         self.graph.replay()
         return self.outputs

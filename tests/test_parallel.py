@@ -160,9 +160,11 @@ def gradients_of_copies(world: World) -> dict[str, Tensor]:
         return [parameter.grad.clone() for parameter in copied.parameters()]
 
     own = backward()
-    with mock.patch("diffmoe.training.parallel.LEAST_SENT", 512):
+    with mock.patch("diffmoe.training.parallel.LEAST_SENT", 300):  # the embedding of 11 labels, too
         assert distribute(model, copied, [average], trainer.config, world, CPU) is copied
-    parts = GradientParts(list(copied.parameters()), list(model.parameters()), world)
+        assert copied.label_embed.weight.numel() > 300
+        parts = GradientParts(list(copied.parameters()), list(model.parameters()), world)
+    assert max(parameter.numel() for parameter in parts.small) < 300
     backward()
     parts.finish()
     found = {}
@@ -305,7 +307,7 @@ def test_no_wrapper_touches_thresholds_and_one_all_reduce_serves_all_layers(two,
 def test_of_large_copies_a_process_holds_the_mean_of_its_rows_and_of_others_all(two):
     found = two("copies")
     shares = {name.removeprefix("share/"): value for name, value in found.items() if name.startswith("share/")}
-    assert set(map(float, shares.values())) == {0.5, 1.0}
+    assert set(map(float, shares.values())) == {0.5, 1.0} and shares["label_embed.weight"] == 1
     for name, share in shares.items():
         own, held = found[f"own/{name}"], found[f"mean/{name}"]
         mean = own.float().mean(0).to(own.dtype)

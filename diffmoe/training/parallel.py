@@ -1,10 +1,10 @@
 """One model on several processes: a whole one each (DDP), or a share of every tensor each (FSDP2).
 
 Gradients are averaged over processes either way. Buffers (thresholds) stay whole and belong to the trainer: no wrapper
-sends them around. FSDP shares out weights, gradients, moments and averages. Where bf16 copies train,
-each process of DDP has them whole, and shares out the float32 weights, moments and averages behind them alone: it gets
-the mean of its part of a gradient, moves its part of the weights and sends the new copies (the first stage of ZeRO,
-arXiv 1910.02054). As many bytes travel as for a mean in full, and no work on the weights is done twice.
+sends them around. FSDP shares out weights, gradients, moments and averages. Where bf16 copies train, each process of
+DDP has them whole, and what lies behind them is shared out, float32 weights, moments and averages: it gets its part of
+a gradient's mean, moves its part of the weights and sends its part of the new copies (the first stage of ZeRO, arXiv
+1910.02054). As many bytes travel as for a mean in full, and no weight is moved twice.
 
 A state in full is the same names and shapes at any number of processes, so that a checkpoint of eight loads in one, and
 back.
@@ -40,7 +40,7 @@ for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see th
 
 
 LEAST_SENT = 2**19
-"""Elements of a tensor that is worth sharing out; what is smaller is averaged together and moved by every process."""
+"""Elements of a tensor that is worth sharing out; what is smaller is averaged together and moved by all processes."""
 SENT_TOGETHER = 2**23
 """Elements of gradients that are sent together: every kernel of NCCL waits for the other processes, and for room."""
 BLOCKS_SENT = 2
@@ -115,6 +115,8 @@ def _share_out(trained: DiT, held: Sequence[DiT], mesh: DeviceMesh) -> None:
 class GradientParts:
     """Averages the gradients of a network with bf16 copies: of what is shared out, this process's part.
 
+    Large ones travel as they are, in a backward as soon as it has made them.
+
     Args:
         trained: what has the gradients.
         parameters: the weights behind them, in the same order.
@@ -124,13 +126,15 @@ class GradientParts:
     def __init__(self, trained: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter], world: World) -> None:
         self.world = world
         self.waiting: list[Tensor] = []
-        self.under_way: list[_CoalescingManager] = []
-        self.whole: list[nn.Parameter] = []
+        self.under_way: list[_CoalescingManager | dist.Work] = []
+        self.small: list[nn.Parameter] = []
         for copied, parameter in zip(trained, parameters, strict=True):
             if isinstance(parameter, DTensor):
                 copied.register_post_accumulate_grad_hook(self._add)
+            elif copied.numel() >= LEAST_SENT:
+                copied.register_post_accumulate_grad_hook(self._send_whole)
             else:
-                self.whole.append(copied)
+                self.small.append(copied)
 
     def _add(self, copied: nn.Parameter) -> None:
         self.waiting.append(copied.grad)
@@ -145,14 +149,17 @@ class GradientParts:
         self.under_way.append(started)
         self.waiting.clear()
 
+    def _send_whole(self, copied: nn.Parameter) -> None:
+        self.under_way.append(dist.all_reduce(copied.grad, dist.ReduceOp.AVG, async_op=True))
+
     def finish(self) -> None:
-        """Wait for the means that a backward has started, and make those of all tensors that are not shared out."""
+        """Wait for the means that a backward has started, and make those of all small tensors together."""
         if self.waiting:
             self._send()
         for started in self.under_way:
             started.wait()
         self.under_way.clear()
-        gradients = [parameter.grad for parameter in self.whole]
+        gradients = [parameter.grad for parameter in self.small]
         torch._foreach_copy_(gradients, self.world.mean(gradients))
 
 

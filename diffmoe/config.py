@@ -462,6 +462,18 @@ class RunConfig:
         """Training images behind the average that is measured: a budget's, or the whole run's."""
         return self.evaluation.budget_images or self.training.num_images
 
+    def trains_copies(self, processes: int, device_type: str) -> bool:
+        """Say whether bf16 copies of weights train, of which gradients are bf16, as products make them.
+
+        No gradient may then be added to another micro-batch's. Over processes they are averaged as they are, at half
+        the bytes of float32; FSDP averages in float32.
+        """
+        micro_batch = self.runtime.micro_batch_size
+        return (self.training.precision is Precision.BF16 and device_type == "cuda"
+                and self.runtime.compiles(device_type)
+                and (processes == 1 or self.runtime.parallel is not Parallel.FSDP)
+                and micro_batch in (None, self.training.batch_size // processes))
+
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise ConfigError with one line that names the key, the value and the remedy, unless `condition`."""

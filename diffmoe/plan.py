@@ -122,10 +122,10 @@ def plan(tables: Mapping[str, Sequence[Row]], seeds: int, gpus: int, bench: Path
     return "\n".join([
         *parts, f"In all: {_hours(sum(trained.values()))} GPU hours of training, {_hours(sampling_hours)} of sampling; "
         f"{sum(map(len, tables.values()))} rows x {seeds} seeds, {len(trained)} trainings a seed.", "",
-        f"Memory: of one of {gpus} GPUs with DDP. State: weights and gradients in bf16, and its share of weights, "
-        "AdamW's moments and",
-        f"averages in float32. Activations: an estimate for its share of the batch, {ACTIVATION_BYTES} bytes a token, "
-        "width and block. images/s:",
+        f"Memory: of one of {gpus} GPUs. State: weights and gradients in bf16, and its share of weights, AdamW's "
+        "moments and averages in",
+        f"float32. Activations: an estimate for its share of the batch, {ACTIVATION_BYTES} bytes a token, width and "
+        "block. images/s:",
         f"measured (results/bench) or, marked ?, assumed: {ASSUMED_MFU:.0%} of {ASSUMED_PEAK / 1e12:.0f} TFLOP/s at "
         "C = 1. A call of sampling: a third of a training step."])
 

@@ -24,7 +24,7 @@ NO_PROCESS = 2**22 + 1
 def save(folder, *steps, state=STATE):
     kept = Checkpoints(folder)
     for step in steps:
-        kept.save(state, {"step": step})
+        kept.save(state.items(), {"step": step})
     return kept
 
 
@@ -56,14 +56,14 @@ def test_what_is_written_while_training_goes_on_is_the_state_of_its_step(tmp_pat
     save_whole = checkpoint.save_weights
     monkeypatch.setattr(checkpoint, "save_weights", lambda *content: may_write.wait(60) and save_whole(*content))
     kept, weights = Checkpoints(tmp_path, asynchronous=True), torch.ones(3)
-    kept.save({"a": weights}, {"step": 1})
+    kept.save([("a", weights)], {"step": 1})
     weights += 1  # training goes on
-    kept.save({"a": weights}, {"step": 2})  # the first is not done: this one is left out
+    kept.save([("a", weights)], {"step": 2})  # the first is not done: this one is left out
     may_write.set()
     kept.writer.join()
     state, description, _ = kept.newest()
     assert description == {"step": 1} and torch.equal(state["a"], torch.ones(3))
-    kept.save({"a": weights}, {"step": 3})
+    kept.save([("a", weights)], {"step": 3})
     kept.writer.join()
     assert torch.equal(kept.newest()[0]["a"], weights)
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_at_the_end_one_lin
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    kept.save(STATE, {"step": 2})
+    kept.save(STATE.items(), {"step": 2})
     with pytest.raises(ConfigError, match=r"No space left.*goes on from checkpoint-000000001"):
         kept.save_now(STATE, {"step": 2})
     assert "No space left on device" in caplog.text and "going on with the one before" in caplog.text

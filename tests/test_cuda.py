@@ -10,7 +10,7 @@ from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model, ran
 from test_robustness_numbers import with_too_few_rows
 from test_training import SYSTEMS, digits_config
 
-from diffmoe.config import Backend, Precision, load_config
+from diffmoe.config import Backend, Precision, RunConfig, load_config
 from diffmoe.data import load_data
 from diffmoe.data.images import ImageData
 from diffmoe.evaluation.diagnosis import diagnose
@@ -136,7 +136,7 @@ def test_copies_that_train_in_bf16_change_no_bit(system, monkeypatch):
     data = load_data(config.data, config.model)
 
     def state(rounds):
-        monkeypatch.setattr(Trainer, "_rounds", lambda trainer: rounds)
+        monkeypatch.setattr(RunConfig, "trains_copies", lambda *_: rounds)
         trainer = Trainer(config, 0, data, CUDA)
         assert (trainer.network is trainer.model) != rounds
         with torch.compiler.set_stance("force_eager"):
@@ -154,7 +154,7 @@ def test_copies_train_as_well_compiled_and_clipped(system, monkeypatch):
     data = load_data(config.data, config.model)
 
     def losses(rounds):
-        monkeypatch.setattr(Trainer, "_rounds", lambda trainer: rounds)
+        monkeypatch.setattr(RunConfig, "trains_copies", lambda *_: rounds)
         trainer = Trainer(config, 0, data, CUDA)
         return torch.stack([trainer.train_step()["mse"] for _ in range(EAGER_CALLS + 20)])
 

@@ -27,7 +27,7 @@ from diffmoe.models.dit import ModelOutput
 from diffmoe.moe.routing import Router, Routing, largest
 from diffmoe.training import graph
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.training.distributed import ALONE, World, join_world
+from diffmoe.training.distributed import ALONE, Heartbeat, World, join_world
 from diffmoe.training.parallel import GradientParts, distribute, local, own_part
 from diffmoe.training.run import Interrupted, train_run
 from diffmoe.training.trainer import Trainer, micro_batch_size
@@ -149,13 +149,14 @@ def buckets_sent(overrides: list[str], world: World) -> int:
 
 def gradients_of_copies(world: World) -> dict[str, Tensor]:
     """Return of each gradient of bf16 copies that of each process's loss, what each holds of the mean, and how much."""
-    trainer = make_trainer("diffmoe", [override for override in BF16 if override != GLOBAL])
+    overrides = [override for override in BF16 if override != GLOBAL]
+    trainer = make_trainer("diffmoe", [*overrides, "model.moe.num_experts=3", "training.batch_size=12"])
     model, average = randomise(trainer.model), trainer.ema.model
     trainer.network = copied = model.rounded(torch.bfloat16)
 
     def backward() -> list[Tensor]:
         copied.zero_grad()
-        losses, _ = trainer.losses(trainer.batch(0, world.share(8)))
+        losses, _ = trainer.losses(trainer.batch(0, world.share(12)))
         sum(losses.values()).backward()
         return [parameter.grad.clone() for parameter in copied.parameters()]
 
@@ -171,7 +172,7 @@ def gradients_of_copies(world: World) -> dict[str, Tensor]:
     for (name, parameter), trained, mine in zip(model.named_parameters(), copied.parameters(), own, strict=True):
         held, averaged = local([parameter, average.get_parameter(name)])
         assert held.shape == averaged.shape
-        found |= {f"own/{name}": world.gather(mine[None]), f"share/{name}": torch.tensor(len(held) / len(mine)),
+        found |= {f"own/{name}": world.gather(mine[None]), f"share/{name}": torch.tensor(held.numel() / mine.numel()),
                   f"mean/{name}": world.gather(own_part(trained.grad, parameter)[None])}
     return found
 
@@ -308,11 +309,12 @@ def test_of_large_copies_a_process_holds_the_mean_of_its_rows_and_of_others_all(
     found = two("copies")
     shares = {name.removeprefix("share/"): value for name, value in found.items() if name.startswith("share/")}
     assert set(map(float, shares.values())) == {0.5, 1.0} and shares["label_embed.weight"] == 1
+    assert {float(value) for name, value in shares.items() if "experts.w" in name} == {0.5}  # of three experts
     for name, share in shares.items():
         own, held = found[f"own/{name}"], found[f"mean/{name}"]
         mean = own.float().mean(0).to(own.dtype)
         assert not torch.equal(*own), name
-        assert torch.equal(held.flatten(0, 1) if share < 1 else held[0], mean), name
+        assert torch.equal(held.flatten() if share < 1 else held[0].flatten(), mean.flatten()), name
         assert share < 1 or torch.equal(*held), name
 
 
@@ -407,3 +409,16 @@ def test_graphs_are_given_up_before_the_processes_part(monkeypatch, fails):
         if fails:
             raise ConfigError("an error")
     assert done == ["given up", "parted"]
+
+
+def test_a_process_may_say_that_its_next_step_takes_longer(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with Heartbeat(World(0, 2), 0.2) as heart:
+        heart.start()
+        heart.beat(60.0)
+        heart.thread.join(0.6)
+        assert not ended
+        heart.beat()
+        heart.thread.join(10)
+    assert ended == [1]

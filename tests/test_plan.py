@@ -10,7 +10,7 @@ import pytest
 
 from diffmoe import plan, reproduce
 from diffmoe.cells import load_rows
-from diffmoe.config import ConfigError, ProcessKind, digest
+from diffmoe.config import ConfigError, Parallel, ProcessKind, digest
 from diffmoe.models.counting import count_parameters
 
 BASELINES = Path(__file__).parents[1] / "baselines"
@@ -95,8 +95,10 @@ def test_memory_a_gpu_falls_with_the_gpus_and_counts_every_average():
     assert plan.state_bytes(config, 10, 8) == 40 + 160 / 8
     training = dataclasses.replace(config.training, extra_ema_half_lives=(1.0,))
     assert plan.state_bytes(dataclasses.replace(config, training=training), 10, 8) == 40 + 200 / 8
-    in_parts = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, micro_batch_size=2))
-    assert plan.state_bytes(in_parts, 10, 8) == 200
+    for how, size in ({"micro_batch_size": 2}, 200), ({"micro_batch_size": 32}, 60), ({"compile": False}, 200), (
+            {"parallel": Parallel.FSDP}, 20 + 200 / 8):
+        run = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **how))
+        assert plan.state_bytes(run, 10, 8) == size, how
 
 
 def test_a_dry_run_needs_no_data_and_a_run_refuses_tables_that_no_folder_can_hold(capsys):

@@ -14,7 +14,7 @@ from processes import LOOPBACK, server, tiny_config
 from test_robustness_numbers import make_trainer, spoil_gradient
 from torch import nn
 
-from diffmoe.config import EmaBuffers
+from diffmoe.config import EmaBuffers, RunConfig
 from diffmoe.data import load_data
 from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training import parallel
@@ -274,7 +274,8 @@ def train_copies(rank, folder):
                          "training.extra_ema_half_lives=[100]")
     parallel.SENT_TOGETHER = 1000  # several times in a backward
     for name, least in {"shared": 32, "whole": 2**40}.items():
-        with (mock.patch.object(Trainer, "_rounds", lambda _: True), mock.patch.object(parallel, "LEAST_SENT", least),
+        with (mock.patch.object(RunConfig, "trains_copies", lambda *_: True),
+              mock.patch.object(parallel, "LEAST_SENT", least),
               mock.patch("diffmoe.training.trainer.one_pass_applies", lambda _: True)):
             trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), world)
         trainer.optimizer.defaults["fused"] = True
@@ -282,8 +283,8 @@ def train_copies(rank, folder):
         saved = {name: value.clone() for name, value in trainer.state().items()}
         if rank == 0:
             save_weights(folder / "saved.safetensors", saved, {})
-        largest = max(trainer.trained, key=torch.numel)
-        hook = largest.register_hook(lambda gradient: gradient * math.inf if rank == 1 else gradient)
+        largest, first = max(trainer.trained, key=torch.numel), torch.tensor(0)
+        hook = largest.register_hook(lambda gradient: gradient.index_fill(0, first, math.inf))  # in rank 0's part
         trainer.train_step()
         after = trainer.state()
         assert [key for key, value in saved.items() if not torch.equal(after[key], value)] == []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe.config import ModelConfig, Precision, RunConfig
+from diffmoe.config import ModelConfig, Parallel, RunConfig
 from diffmoe.models.dit import DiT
 from diffmoe.moe.routing import Routing
 
@@ -28,6 +28,8 @@ STATE_BYTES = 20
 """A parameter in training: float32 weight, two moments, average; gradient, in float32 or in bf16 beside a bf16 copy."""
 COPY_BYTES = 4
 """Of these, a copy and its gradient in bf16."""
+GATHERED_BYTES = 2
+"""Beside these, a parameter that FSDP has gathered in bf16."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,14 @@ class _NoExperts(torch.nn.Module):
 
 
 def state_bytes(config: RunConfig, num_parameters: int, processes: int = 1) -> int:
-    """Return the bytes of weights, gradients, moments and averages on each of some processes that train by DDP.
+    """Return the bytes of weights, gradients, moments and averages on each of some processes, a GPU each.
 
-    Where bf16 copies train, a process has them and their gradients whole, and a share of all else.
+    Where bf16 copies train, a process has them and their gradients whole and a share of all else; under FSDP, a share
+    of everything, and beside it what is gathered for products. DDP without copies has all whole.
     """
-    copied = config.training.precision is Precision.BF16 and config.runtime.micro_batch_size is None
-    whole = COPY_BYTES if copied else STATE_BYTES
-    shared = STATE_BYTES - whole + 4 * len(config.training.extra_ema_half_lives)
-    return math.ceil((whole + shared / (processes if copied else 1)) * num_parameters)
+    state, share = STATE_BYTES + 4 * len(config.training.extra_ema_half_lives), 1 / processes
+    if config.trains_copies(processes, "cuda"):
+        return math.ceil((COPY_BYTES + (state - COPY_BYTES) * share) * num_parameters)
+    if processes > 1 and config.runtime.parallel is Parallel.FSDP:
+        return math.ceil((GATHERED_BYTES + state * share) * num_parameters)
+    return state * num_parameters

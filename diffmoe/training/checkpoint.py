@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -132,8 +132,8 @@ class Checkpoints:
 
     Args:
         folder: the run's.
-        asynchronous: copy the state (from a GPU into pinned memory, in its stream's order, waiting for nothing) and
-            write it in a thread while training goes on. Else it is written at once.
+        asynchronous: copy the state, a tensor at a time as it is given (from a GPU into pinned memory, in its stream's
+            order, waiting for nothing), and write it in a thread while training goes on. Else it is written at once.
     """
 
     def __init__(self, folder: Path, *, asynchronous: bool = False) -> None:
@@ -147,16 +147,21 @@ class Checkpoints:
         """Return the files by step, the oldest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
-    def save(self, state: Mapping[str, Tensor], description: Description) -> None:
+    @property
+    def busy(self) -> bool:
+        """Say whether a thread still writes the checkpoint before."""
+        return self.writer is not None and self.writer.is_alive()
+
+    def save(self, state: Iterable[tuple[str, Tensor]], description: Description) -> None:
         """Write the checkpoint of step `description["step"]`; failure is a warning, for the one before is still there.
 
-        While a thread writes the one before, nothing is done; what it failed at is told by the next call.
+        While this is `busy`, nothing is done; what it failed at is told by the next call.
         """
-        if self.writer is not None and self.writer.is_alive():
+        if self.busy:
             return
         self._warn()
         if not self.asynchronous:
-            self._write(state, description, None)
+            self._write(dict(state), description, None)
             self._warn()
             return
         copied, done = self._copy(state)
@@ -197,15 +202,15 @@ class Checkpoints:
             with suppress(OSError):
                 path.unlink()
 
-    def _copy(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _copy(self, state: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Return the state in host memory that is used again each time, and the event after which it is whole."""
-        on_gpu = any(tensor.is_cuda for tensor in state.values())
-        for name, tensor in state.items():
+        copied, on_gpu = {}, False
+        for name, tensor in state:
             if name not in self.buffers:
-                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            self.buffers[name].copy_(tensor.detach(), non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if on_gpu else None
-        return {name: self.buffers[name] for name in state}, done
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copied[name] = self.buffers[name].copy_(tensor.detach(), non_blocking=True)
+            on_gpu |= tensor.is_cuda
+        return copied, torch.cuda.current_stream().record_event() if on_gpu else None
 
     def _write(self, state: Mapping[str, Tensor], description: Description, done: torch.cuda.Event | None) -> None:
         self.error = None

@@ -28,6 +28,8 @@ START_TIMEOUT = timedelta(minutes=10)
 """Longest wait for another process before training: data are read and networks compiled meanwhile."""
 HANG_S = 25.0
 """Longest time without a step in training; torchrun's own 30 seconds for stopping the rest are within a minute then."""
+LONG_S = 300.0
+"""As much where a state is collected or written, or networks are compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Heartbeat:
 
     def __init__(self, world: World, limit_s: float) -> None:
         self.world = world
-        self.limit_s = limit_s
+        self.usual_s = self.limit_s = limit_s
         self.beats = threading.Event()
         self.stopped = False
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -160,8 +162,9 @@ class Heartbeat:
         if self.world.size > 1 and not self.thread.is_alive():
             self.thread.start()
 
-    def beat(self) -> None:
-        """Say that this process has made a step."""
+    def beat(self, within_s: float | None = None) -> None:
+        """Say that this process has made a step, and will make the next one within so many seconds, or as usual."""
+        self.limit_s = within_s or self.usual_s
         self.beats.set()
 
     def _watch(self) -> None:

@@ -13,15 +13,17 @@ back.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import operator
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _coalescing_manager, _CoalescingManager
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.export import register_dataclass
@@ -96,18 +98,21 @@ def accumulating(network: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def _share_out(trained: DiT, held: Sequence[DiT], mesh: DeviceMesh) -> None:
-    """Share out the rows of the large tensors of which bf16 copies train; `held` are the networks that hold them.
+    """Share out the rows of large tensors of which bf16 copies train; `held` are the networks that hold them.
 
-    The others stay whole on every process: small ones, and those whose rows are no multiple of the processes.
+    Where rows are no multiple of the processes (16 experts, 32 GPUs), as many leading dimensions as it takes become
+    one: a tensor that is shared out may have another shape than its copy, with the same order in memory.
     """
     for name, copied in trained.named_parameters():
-        if copied.dtype is torch.float32 or copied.numel() < LEAST_SENT or len(copied) % mesh.size() != 0:
+        if copied.dtype is torch.float32 or copied.numel() < LEAST_SENT or copied.numel() % mesh.size() != 0:
             continue
+        last = next(index for index, rows in enumerate(itertools.accumulate(copied.shape, operator.mul))
+                    if rows % mesh.size() == 0)
         path, _, leaf = name.rpartition(".")
         for network in held:
             module = network.get_submodule(path)
             parameter = module.get_parameter(leaf)
-            mine = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            mine = parameter.detach().flatten(0, last).chunk(mesh.size())[mesh.get_local_rank()].clone()
             shared = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
             setattr(module, leaf, nn.Parameter(shared, parameter.requires_grad))
 
@@ -125,27 +130,27 @@ class GradientParts:
 
     def __init__(self, trained: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter], world: World) -> None:
         self.world = world
-        self.waiting: list[Tensor] = []
-        self.under_way: list[_CoalescingManager | dist.Work] = []
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        """A gradient, and this process's part of it."""
+        self.under_way: list[Any] = []
         self.small: list[nn.Parameter] = []
         for copied, parameter in zip(trained, parameters, strict=True):
             if isinstance(parameter, DTensor):
-                copied.register_post_accumulate_grad_hook(self._add)
+                copied.register_post_accumulate_grad_hook(functools.partial(self._add, parameter))
             elif copied.numel() >= LEAST_SENT:
                 copied.register_post_accumulate_grad_hook(self._send_whole)
             else:
                 self.small.append(copied)
 
-    def _add(self, copied: nn.Parameter) -> None:
-        self.waiting.append(copied.grad)
-        if sum(gradient.numel() for gradient in self.waiting) >= SENT_TOGETHER:
+    def _add(self, parameter: DTensor, copied: nn.Parameter) -> None:
+        self.waiting.append((copied.grad, own_part(copied.grad, parameter)))
+        if sum(gradient.numel() for gradient, _ in self.waiting) >= SENT_TOGETHER:
             self._send()
 
     def _send(self) -> None:
-        with _coalescing_manager(async_ops=True) as started:
-            for gradient in self.waiting:
-                mine = gradient.chunk(self.world.size)[self.world.rank]
-                dist.reduce_scatter_tensor(mine, gradient, dist.ReduceOp.AVG, async_op=True)
+        with _together() as started:
+            for gradient, mine in self.waiting:
+                dist.reduce_scatter_tensor(mine, gradient.view(-1), dist.ReduceOp.AVG, async_op=True)
         self.under_way.append(started)
         self.waiting.clear()
 
@@ -164,25 +169,37 @@ class GradientParts:
 
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of a tensor, shared out or whole, in the same memory: all, if `like` is whole, too."""
+    """Return this process's part of a tensor, in the same memory and flat; all of it, if `like` is whole, too."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     if isinstance(like, DTensor):
-        return tensor.detach().chunk(like.device_mesh.size())[like.device_mesh.get_local_rank()]
+        size = like.to_local().numel()
+        return tensor.detach().view(-1).narrow(0, like.device_mesh.get_local_rank() * size, size)
     return tensor
 
 
-def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[_CoalescingManager]:
-    """Start to send this process's parts of copies whose weights are shared out, and to get the others; wait for it."""
-    pairs = [(copied.detach(), own_part(copied, parameter))
+def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Any]:
+    """Start to send this process's parts of copies whose weights are shared out, and to get the others.
+
+    Returns:
+        what to wait for.
+    """
+    pairs = [(copied.detach().view(-1), own_part(copied, parameter))
              for copied, parameter in zip(copies, parameters, strict=True)
              if isinstance(parameter, DTensor) and not isinstance(copied, DTensor)]
     if not pairs:
         return []
-    with _coalescing_manager(async_ops=True) as started:
+    with _together() as started:
         for copied, mine in pairs:
             dist.all_gather_into_tensor(copied, mine, async_op=True)
     return [started]
+
+
+def _together() -> contextlib.AbstractContextManager[Any]:
+    """Return the context of collectives of a kind that start together; it gives what to wait for."""
+    from torch.distributed.distributed_c10d import _coalescing_manager  # it has no public name yet
+
+    return _coalescing_manager(async_ops=True)
 
 
 def _shard(model: DiT, mesh: DeviceMesh, precision: Precision) -> None:
@@ -216,25 +233,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Collect a state in full on the main process, tensor by tensor into host memory; every process must call it.
+def gathered(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
+             world: World) -> Iterator[tuple[str, Tensor]]:
+    """Collect a state in full, a tensor at a time, where it lies; every process must ask for all of them.
 
-    Returns:
-        the state; in other processes, and only if anything was shared out, nothing.
+    Args:
+        state: tensors by name, shared out or not.
+        shapes: of those by name that are shared out in another one.
+        world: the processes.
+
+    Yields:
+        name and tensor; in other processes than the main one, nothing.
     """
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        return dict(state)
-    full: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        value = whole(tensor)
+        value = whole(tensor).detach()
         if world.is_main:
-            full[name] = value.detach().cpu()
-    return full
+            yield name, value.view(shapes.get(name, value.shape))
 
 
 def shared_out(full: Tensor, like: Tensor) -> Tensor:
     """Return `full` shared out as `like` is; every process has it in full, and nothing is sent."""
     if not isinstance(like, DTensor):
         return full
-    full = full.to(like.device, like.dtype)
+    full = full.to(like.device, like.dtype).view(like.shape)
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

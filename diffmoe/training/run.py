@@ -8,6 +8,7 @@ the steps after it, on a CPU bit for bit.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import math
@@ -26,7 +27,7 @@ from diffmoe.config import ConfigError, RunConfig, digest, shareable, to_dict
 from diffmoe.data import TrainingData
 from diffmoe.models.dit import DiT, build_model
 from diffmoe.training.checkpoint import Checkpoints, load_weights, locked, reason, save_weights, write_whole
-from diffmoe.training.distributed import ALONE, HANG_S, Heartbeat, World
+from diffmoe.training.distributed import ALONE, HANG_S, LONG_S, Heartbeat, World
 from diffmoe.training.ema import average_file
 from diffmoe.training.graph import EAGER_CALLS, release_memory
 from diffmoe.training.log import JsonLines, read_lines
@@ -192,6 +193,7 @@ class _Run:
             if trainer.step == 0:
                 self._save()  # now is when to learn that the disk is full
             with Heartbeat(self.world, HANG_S) as heart, contextlib.ExitStack() as held:
+                trainer.before_compiling = lambda: heart.beat(LONG_S)
                 compiling = EAGER_CALLS
                 while trainer.step < num_steps and not stop:
                     losses = trainer.train_step()
@@ -202,13 +204,17 @@ class _Run:
                         self._take(turn, held, signals)
                     if trainer.step % LOG_EVERY == 0 or trainer.step == num_steps:
                         values, good = self._look(losses)
-                        (unsaved_s,) = self.world.largest([time.monotonic() - last_save], self.device)
-                        if good and unsaved_s > SAVE_EVERY_S:
+                        unsaved_s, busy = self.world.largest(
+                            [time.monotonic() - last_save, float(self.checkpoints.busy)], self.device)
+                        if good and unsaved_s > SAVE_EVERY_S and not busy:
+                            heart.beat(LONG_S)
                             self._save()
+                            heart.beat()
                             last_save = time.monotonic()
                         heart.start()
                     if trainer.step in passed:
                         self._notice()
+                        heart.beat(LONG_S)
                         self._save(final=True)  # as below
                         self._keep_averages(passed[trainer.step])
                     progress(trainer.step, values)
@@ -311,16 +317,18 @@ class _Run:
 
     def _save(self, *, final: bool = False) -> None:
         """Write a checkpoint, after the log lines up to its step; `final`: or stop with one line."""
-        state = self.trainer.state()  # every process gives its share
-        if not self.world.is_main:
-            return
-        error = self._sync_logs()
-        if final and error is not None:
-            raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same command "
-                              "goes on from the last checkpoint")
-        save = self.checkpoints.save_now if final else self.checkpoints.save
-        if error is None:
-            save(state, self._describe())
+        tensors = self.trainer.tensors()
+        if self.world.is_main:
+            error = self._sync_logs()
+            if final:
+                state = {name: tensor.cpu() for name, tensor in tensors}
+                if error is not None:
+                    raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same "
+                                      "command goes on from the last checkpoint")
+                self.checkpoints.save_now(state, self._describe())
+            elif error is None:
+                self.checkpoints.save(tensors, self._describe())
+        collections.deque(tensors, maxlen=0)  # every process gives its share of all, wanted or not
 
     def _sync_logs(self) -> OSError | None:
         return self.losses.flush(sync=True) or self.events.flush(sync=True)

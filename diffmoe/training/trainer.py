@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffmoe.config import ConfigError, Parallel, PoolScope, Precision, RunConfig, require, resolve_router
+from diffmoe.config import ConfigError, PoolScope, Precision, RunConfig, require, resolve_router
 from diffmoe.data import ImageOrder, TrainingData
 from diffmoe.data.images import seeded_generator, send
 from diffmoe.diffusion import build_process
@@ -99,7 +99,6 @@ class Trainer:
         self.seed = seed
         self.device = device
         self.world = world
-        self.shared_out = world.size > 1 and config.runtime.parallel is Parallel.FSDP
         self.micro_batch = micro_batch_size(config, world)
         self.data = data.to(device)
         self.order = ImageOrder(len(data), seed)
@@ -112,7 +111,10 @@ class Trainer:
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
-        trained = self.model.rounded(torch.bfloat16) if self._rounds() else self.model
+        trained = self.model
+        if HAS_TRITON and config.trains_copies(world.size, device.type):
+            trained = self.model.rounded(torch.bfloat16)
+        self.shapes = {name: parameter.shape for name, parameter in trained.named_parameters()}
         self.network = distribute(self.model, trained, averages, config, world, device)
         apart = config.training.expert_rate != 1
         groups = _groups(self.model, apart)
@@ -142,21 +144,14 @@ class Trainer:
         self.row_bound: float | None = None  # rows are as many as pairs
         if world.size > 1 and device.type == "cuda" and _is_global(config):
             self.row_bound = FIRST_ROW_BOUND * config.model.moe.capacity
+        self.before_compiling: Callable[[], object] = lambda: None
+        """Called when a step will take long, for its rows are doubled."""
         self.objective = torch.zeros((), device=device)
         """Sum of the last step's losses, mean over processes; not finite when the step changed nothing."""
         layers = self.model.moe_layers()
         self.idle_LE = torch.zeros(len(layers), config.model.moe.num_experts if layers else 0, dtype=torch.int32,
                                    device=device)
         """Steps since each expert last had a token of this process."""
-
-    def _rounds(self) -> bool:
-        """Say whether gradients may be bf16, as the products make them: no micro-batch's is added to another's.
-
-        They are averaged over processes as they are, at half the bytes of float32; FSDP does so in float32.
-        """
-        training = self.config.training
-        return (self.compiled_on_gpu and HAS_TRITON and training.precision is Precision.BF16 and not self.shared_out
-                and self.micro_batch * self.world.size == training.batch_size)
 
     def _captured(self) -> Callable[..., Any]:
         """Return `_gradients`, as a CUDA graph where nothing in it waits for the host or is a wrapper's."""
@@ -169,7 +164,7 @@ class Trainer:
         """Make the copies that train anew, after somebody else has changed the model's weights; on every process."""
         for copied, parameter in zip(self.trained, self.parameters, strict=True):
             if copied is not parameter:
-                copied.copy_(whole(parameter))
+                copied.copy_(whole(parameter).view_as(copied))
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Draw the inputs of optimiser step `step` (from 0), of all processes together or only some rows of them."""
@@ -210,6 +205,7 @@ class Trainer:
         for group, relative in zip(self.optimizer.param_groups, (1.0, training.expert_rate), strict=False):
             group["lr"] = training.learning_rate * relative * self._warmup_factor()
         while (losses := self._try_step(batch)) is None:
+            self.before_compiling()
             self.row_bound *= 2
             self.gradients = self._captured()
         self.step += 1
@@ -327,23 +323,30 @@ class Trainer:
             norm = (norm.square() + self.world.sum(_norms(shared, 2).square().sum())).sqrt()
         return torch.stack([norm, *_norms(others, 2)]).isfinite().all(), norm
 
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that resuming needs besides (config, seed, step): weights, average, optimiser.
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Give everything that resuming needs besides (config, seed, step): weights, average, optimiser.
 
-        Every process must call it. The names and shapes are the same at any number of processes; FSDP gathers them in
-        host memory of the main process, and other processes get nothing.
+        Every process must ask for all of it; the main one gets it, tensor by tensor on the device. Names and shapes are
+        the same at any number of processes.
         """
         moments = self.optimizer.state_dict()["state"]
-        named = {f"optimizer.{index}.{name}": torch.as_tensor(value)
+        state = {f"optimizer.{index}.{name}": torch.as_tensor(value)
                  for index, values in moments.items() for name, value in values.items()}
-        named["idle.experts"] = self.idle_LE
-        return gathered(named | {f"{key}.{name}": value for key, model in self._models().items()
-                                 for name, value in model.state_dict().items()}, self.world)
+        shapes = {name: self.trained[int(name.split(".")[1])].shape for name, value in state.items() if value.dim()}
+        for key, model in self._models().items():
+            state |= {f"{key}.{name}": value for name, value in model.state_dict().items()}
+            shapes |= {f"{key}.{name}": shape for name, shape in self.shapes.items()}
+        return gathered({"idle.experts": self.idle_LE} | state, shapes, self.world)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `tensors` gives; of several processes, the main one in host memory."""
+        return {name: tensor if self.world.size == 1 else tensor.cpu() for name, tensor in self.tensors()}
 
     def averages(self) -> dict[float | None, dict[str, Tensor]]:
         """Return each averaged network's weights, as `state` does, by its half-life (None: the run's own)."""
         half_lives = (None, *self.config.training.extra_ema_half_lives)
-        return {half_life: gathered(ema.model.state_dict(), self.world)
+        return {half_life: {name: tensor if self.world.size == 1 else tensor.cpu()
+                            for name, tensor in gathered(ema.model.state_dict(), self.shapes, self.world)}
                 for half_life, ema in zip(half_lives, (self.ema, *self.extra_emas), strict=True)}
 
     def _models(self) -> dict[str, DiT]:

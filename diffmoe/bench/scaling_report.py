@@ -209,7 +209,8 @@ def draw(record: ScalingRecord) -> Figure:
     panels = {title: kind for title, kind in panels.items() if kind in measured or kind == WEAK}
     figure, (grid,) = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
     networks = list(dict.fromkeys(result.case.network for result in record.results))
-    ways = sorted({(found.case.parallel, found.case.pool_scope == PoolScope.GLOBAL) for found in record.results})
+    ways = sorted({(found.case.parallel, found.case.pool_scope == PoolScope.GLOBAL) for found in record.results
+                   if found.case.processes > 1})
     for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
         lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
         for result in record.results:

@@ -321,7 +321,7 @@ class _Run:
         if self.world.is_main:
             error = self._sync_logs()
             if final:
-                state = {name: tensor.cpu() for name, tensor in tensors}
+                state = {name: tensor.cpu() for name, tensor in tensors}  # before an error ends this process alone
                 if error is not None:
                     raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same "
                                       "command goes on from the last checkpoint")

@@ -340,14 +340,17 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Return what `tensors` gives; of several processes, the main one in host memory."""
-        return {name: tensor if self.world.size == 1 else tensor.cpu() for name, tensor in self.tensors()}
+        return self._collected(self.tensors())
 
     def averages(self) -> dict[float | None, dict[str, Tensor]]:
         """Return each averaged network's weights, as `state` does, by its half-life (None: the run's own)."""
         half_lives = (None, *self.config.training.extra_ema_half_lives)
-        return {half_life: {name: tensor if self.world.size == 1 else tensor.cpu()
-                            for name, tensor in gathered(ema.model.state_dict(), self.shapes, self.world)}
+        return {half_life: self._collected(gathered(ema.model.state_dict(), self.shapes, self.world))
                 for half_life, ema in zip(half_lives, (self.ema, *self.extra_emas), strict=True)}
+
+    def _collected(self, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors together: what is shared out in host memory, for a GPU may have no room for all of it."""
+        return {name: tensor if self.world.size == 1 else tensor.cpu() for name, tensor in tensors}
 
     def _models(self) -> dict[str, DiT]:
         """Return the networks of the state by their name in it."""

@@ -28,8 +28,8 @@ START_TIMEOUT = timedelta(minutes=10)
 """Longest wait for another process before training: data are read and networks compiled meanwhile."""
 HANG_S = 25.0
 """Longest time without a step in training; torchrun's own 30 seconds for stopping the rest are within a minute then."""
-LONG_S = 300.0
-"""As much where a state is collected or written, or networks are compiled anew."""
+LONG_S = 540.0
+"""As much where a state is collected or written, or networks are compiled anew: less than collectives wait."""
 
 
 @dataclass(frozen=True)

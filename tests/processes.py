@@ -50,6 +50,16 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def run_two(target: Callable[[int, Path], None], folder: Path) -> None:
+    """Let two processes do the work of their rank in a folder, each to its end without an error."""
+    processes = [server().Process(target=target, args=(rank, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def tiny_config(*overrides: str) -> RunConfig:
     return load_config([CONFIGS / "digits.yaml"], [*TINY, *overrides])
 

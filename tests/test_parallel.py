@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router, randomise
-from processes import LOOPBACK, free_port, server
+from processes import LOOPBACK, free_port, run_two
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -229,12 +229,7 @@ def resharded(folder: Path, world: World) -> dict[str, Tensor]:
 def folder_of_two(tmp_path_factory):
     """Let two processes do everything, once; return the folder of what they left."""
     folder = tmp_path_factory.mktemp("two")
-    processes = [server().Process(target=cases, args=(rank, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(cases, folder)
     return folder
 
 

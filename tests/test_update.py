@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import needs_interpreter, rand
-from processes import LOOPBACK, server, tiny_config
+from processes import LOOPBACK, run_two, tiny_config
 from test_robustness_numbers import make_trainer, spoil_gradient
 from torch import nn
 
@@ -247,11 +247,7 @@ def move_shares(rank, folder):
 
 @pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
 def test_shares_of_two_processes_move_as_torch_moves_them(tmp_path):
-    processes = [server().Process(target=move_shares, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run_two(move_shares, tmp_path)
     mine, wanted = (load_weights(tmp_path / f"{one_pass}.safetensors")[0] for one_pass in (True, False))
     assert_near(mine, wanted, 1e-4)
 
@@ -310,12 +306,7 @@ def train_copies(rank, folder):
 
 @pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
 def test_weights_shared_out_behind_copies_move_as_whole_ones(tmp_path):
-    processes = [server().Process(target=train_copies, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(train_copies, tmp_path)
     mine, wanted = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("shared", "whole"))
     assert_near(mine, wanted, 1e-5)
 

@@ -178,20 +178,20 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def send_parts(copies: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Any]:
-    """Start to send this process's parts of copies whose weights are shared out, and to get the others.
+def send_parts(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Start to send this process's part of each of some tensors, and to get the others'.
+
+    Args:
+        pairs: a tensor that every process shall have whole, and this one's part of it, in its memory.
 
     Returns:
         what to wait for.
     """
-    pairs = [(copied.detach().view(-1), own_part(copied, parameter))
-             for copied, parameter in zip(copies, parameters, strict=True)
-             if isinstance(parameter, DTensor) and not isinstance(copied, DTensor)]
     if not pairs:
         return []
     with _together() as started:
-        for copied, mine in pairs:
-            dist.all_gather_into_tensor(copied, mine, async_op=True)
+        for tensor, mine in pairs:
+            dist.all_gather_into_tensor(tensor, mine, async_op=True)
     return [started]
 
 

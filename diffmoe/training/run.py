@@ -317,15 +317,14 @@ class _Run:
 
     def _save(self, *, final: bool = False) -> None:
         """Write a checkpoint, after the log lines up to its step; `final`: or stop with one line."""
-        tensors = self.trainer.tensors()
+        tensors = self.trainer.state().items() if final else self.trainer.tensors()
         if self.world.is_main:
             error = self._sync_logs()
+            if final and error is not None:
+                raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same "
+                                  "command goes on from the last checkpoint")
             if final:
-                state = {name: tensor.cpu() for name, tensor in tensors}  # before an error ends this process alone
-                if error is not None:
-                    raise ConfigError(f"{self.folder}: cannot be written ({reason(error)}); make room, and the same "
-                                      "command goes on from the last checkpoint")
-                self.checkpoints.save_now(state, self._describe())
+                self.checkpoints.save_now(dict(tensors), self._describe())
             elif error is None:
                 self.checkpoints.save(tensors, self._describe())
         collections.deque(tensors, maxlen=0)  # every process gives its share of all, wanted or not

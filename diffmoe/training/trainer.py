@@ -107,7 +107,6 @@ class Trainer:
         self.model = build_model(config.model, seed).to(device, self.dtype).train()
         self.model.set_backend(config.runtime.backend)
         compiled = config.runtime.compiles(device.type)
-        self.compiled_on_gpu = compiled and device.type == "cuda"
         self.ema, *self.extra_emas = (Ema(self.model, config.training.ema_buffers, compiled)
                                       for _ in (None, *config.training.extra_ema_half_lives))
         averages = [ema.model for ema in (self.ema, *self.extra_emas)]
@@ -155,9 +154,10 @@ class Trainer:
 
     def _captured(self) -> Callable[..., Any]:
         """Return `_gradients`, as a CUDA graph where nothing in it waits for the host or is a wrapper's."""
+        on_gpu = self.device.type == "cuda" and self.config.runtime.compiles("cuda")
         wrapped = self.world.size > 1 and self.parts is None
         waits = self.model.waits_for_device(dtype_of_products(self.config.training))
-        return Graphed(self._gradients) if self.compiled_on_gpu and not waits and not wrapped else self._gradients
+        return Graphed(self._gradients) if on_gpu and not wrapped and not waits else self._gradients
 
     @torch.no_grad()
     def round_weights(self) -> None:

@@ -80,8 +80,13 @@ class OnePass:
         sizes = [parameter.numel() for parameter in local(self.parameters)]
         chosen = {id(parameter) for parameter in clipped} if clip_norm is not None else set()
         self.is_clipped, self.sizes = [int(id(parameter) in chosen) for parameter in self.parameters], sizes
-        self.launches = [(tensors, _blocks(sizes, tensors).to(self.device)) for tensors in self._divided(sizes)]
-        """Tensors, and the blocks of a launch: a tensor, and which of its blocks."""
+        travelling = {index: (whole.detach().view(-1), copied)
+                      for index, (whole, copied) in enumerate(zip(trained, self.copies, strict=True))
+                      if copied is not None and copied.numel() < whole.numel()}
+        self.launches = [(_blocks(sizes, tensors).to(self.device),
+                          [travelling[index] for index in tensors if index in travelling])
+                         for tensors in _divided(sizes, LAUNCHES if travelling else 1)]
+        """The blocks of a launch, and what travels behind it: copies, and this process's part of each."""
         self.numbers = torch.empty(4, len(sizes), device=self.device)
         self.addresses: list[list[int]] = []
         self.table = torch.empty(0)
@@ -108,25 +113,13 @@ class OnePass:
                 self.table, rates, self.numbers if norm is None else norm, broken, self.numbers, self.clip_norm,
                 num_tensors, beta1, beta2, group["weight_decay"], len(self.averages), TENSORS)
             under_way = []
-            for tensors, blocks in self.launches:
+            for blocks, copies in self.launches:
                 _move[(len(blocks),)](
                     self.table, blocks, self.numbers, rates, broken, num_tensors, beta1, beta2, group["eps"],
                     len(self.averages), BLOCK, num_warps=NUM_WARPS)
-                under_way += send_parts(self.trained[tensors], self.parameters[tensors])
+                under_way += send_parts(copies)
             for work in under_way:
                 work.wait()
-
-    def _divided(self, sizes: list[int]) -> list[slice]:
-        """Divide the tensors into those of a launch: of one, or of several of about a size where copies travel."""
-        travel = any(copied is not None and copied.numel() < trained.numel()
-                     for copied, trained in zip(self.copies, self.trained, strict=True))
-        largest = sum(sizes) / (LAUNCHES if travel else 1)
-        starts, behind = [0], 0
-        for index, size in enumerate(sizes):
-            if behind >= largest:
-                starts, behind = [*starts, index], 0
-            behind += size
-        return [slice(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
     def _find_addresses(self) -> None:
         """Make the state where there is none yet, and the table anew where an address has changed."""
@@ -150,9 +143,19 @@ class OnePass:
             self.addresses, self.table = addresses, send(torch.tensor(table, dtype=torch.int64), self.device)
 
 
-def _blocks(sizes: Sequence[int], tensors: slice) -> Tensor:
+def _divided(sizes: Sequence[int], number: int) -> list[range]:
+    """Divide tensors, in their order, over at most so many launches of about a size."""
+    starts, behind = [0], 0
+    for index, size in enumerate(sizes):
+        if behind >= sum(sizes) / number:
+            starts, behind = [*starts, index], 0
+        behind += size
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
+
+
+def _blocks(sizes: Sequence[int], tensors: range) -> Tensor:
     """Return each block of some of the tensors, int32 (blocks, 2): the tensor, and which of its blocks."""
-    counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes[tensors]])
+    counts = torch.tensor([triton.cdiv(sizes[tensor], BLOCK) for tensor in tensors])
     which = torch.repeat_interleave(counts)
     return torch.stack([which + tensors.start, torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]], 1).int()
 

@@ -131,6 +131,13 @@ def one_line(error: BaseException) -> str:
     return message
 
 
+@pytest.fixture(autouse=True)
+def leaves_no_process_group() -> Iterator[None]:
+    """Find the test that left one, rather than whichever comes next in its process and joins another."""
+    yield
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Return a test's own generator; the soak sets another seed each round."""

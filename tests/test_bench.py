@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import one_line
 
 from diffmoe.bench import capacity, parts, runner, startup, timing
@@ -20,7 +21,7 @@ from diffmoe.bench.__main__ import main
 from diffmoe.bench.cases import LARGEST, Case, Settings, list_groups, run_config, split_size
 from diffmoe.bench.parts import attention_costs, feed_forward_costs, list_parts, routing_costs, time_parts
 from diffmoe.bench.record import BenchRecord, Result, peak_of, read_benches, record_id, write_bench
-from diffmoe.bench.reference import Reference, ReferenceSubject
+from diffmoe.bench.reference import Reference, ReferenceSubject, group_of_one
 from diffmoe.bench.report import check_bench_report, table_markdown, write_bench_report
 from diffmoe.bench.runner import Options, Runner
 from diffmoe.bench.subjects import OURS, Shared, Training
@@ -282,6 +283,7 @@ MODEL = """
     """
 FLOW = """
     import torch
+    import torch.distributed as dist
 
     class RectifiedFlow(torch.nn.Module):
         def __init__(self, model):
@@ -290,6 +292,7 @@ FLOW = """
 
         def forward(self, x, cond):
             assert self.model.training
+            dist.all_reduce(torch.zeros(1))
             error = self.model(x, torch.rand(len(x)), cond)[:, :x.shape[1]] - x
             return {"loss": error.square().mean(), "cp_loss": 0, "mse": error.square().mean((1, 2, 3))}
 
@@ -327,7 +330,7 @@ def test_a_checkout_does_the_same_work_with_our_weights(checkout: Path, system: 
     one = case(system, work, load=load, implementation="reference-tf32")
     subject = ReferenceSubject(one, run_config(one, SETTINGS), Shared(CPU), Reference(checkout))
     before = torch.backends.cuda.matmul.allow_tf32, torch.cat([p.flatten() for p in subject.model.parameters()])
-    with subject.scope():
+    with group_of_one(CPU), subject.scope():
         assert torch.backends.cuda.matmul.allow_tf32
         output = subject.call()
     assert torch.backends.cuda.matmul.allow_tf32 == before[0]
@@ -435,15 +438,30 @@ def test_a_record_without_a_success_still_has_a_report() -> None:
     assert "the time was over" in table_markdown([record])
 
 
-def test_the_command_writes_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the device's ceilings in no time."""
     monkeypatch.setattr(timing, "MATMUL_SIDE", {"cpu": 32})
     monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 4096})
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_the_command_writes_one_record(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--sizes", "nano-E4", "--systems", "diffmoe", "--work", "forward", "--batch", "1,2",
                  "--rounds", "1", "--visit", "0.001", "--profile", "--out", str(tmp_path)]) == 0
     record = read_benches(tmp_path)[0]
     assert [(one.case.batch, one.status) for one in record.results] == [(1, "ok"), (2, "ok")]
     assert record.ceilings["copy_bytes"] > 0 and record.environment["versions"]["torch"]
     assert "kernels" in next(tmp_path.glob("profile-*.txt")).read_text()
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_the_command_times_a_checkout_in_a_group_that_ends_with_it(checkout: Path, tmp_path: Path) -> None:
+    assert main(["--device", "cpu", "--sizes", "nano-E4", "--systems", "diffmoe", "--work", "train", "--batch", "2",
+                 "--rounds", "1", "--visit", "0.001", "--reference", str(checkout), "--out", str(tmp_path)]) == 0
+    found = {one.case.implementation: one.status for one in read_benches(tmp_path)[0].results}
+    assert found == {"ours": "ok", "reference-tf32": "ok"}
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "two"], ["--work", "dance"], ["--rounds", "0"], ["--sizes", "Q"],

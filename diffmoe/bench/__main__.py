@@ -10,6 +10,7 @@ One call is one record, bench-*.json, written again after each case. Sizes, work
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,7 +24,7 @@ import torch
 
 from diffmoe.bench.cases import LARGEST, WORK, WORKLOADS, Case, Settings, list_groups
 from diffmoe.bench.record import BenchRecord, peak_of, record_id, write_bench
-from diffmoe.bench.reference import DIFFERENCES, PRECISIONS, Reference, ReferenceSubject
+from diffmoe.bench.reference import DIFFERENCES, PRECISIONS, Reference, ReferenceSubject, group_of_one
 from diffmoe.bench.runner import Options, Runner, describe
 from diffmoe.bench.startup import measure_startup
 from diffmoe.bench.subjects import OURS, Shared, Subject
@@ -85,7 +86,8 @@ def main(arguments: list[str]) -> int:
         _time_startup(record, options, settings, device, deadline, save)
     runner = Runner(record, settings, device, make, Options(
         parts=options.parts, profile=add_profile if options.profile else None, say=_say, save=save, deadline=deadline))
-    runner.run(groups)
+    with group_of_one(device) if reference else contextlib.nullcontext():
+        runner.run(groups)
     save()
     print("\n".join(describe(record, result) for result in record.results))
     _say(f"wrote {record.id}.json; `python -m diffmoe.bench --report FOLDER` makes table and figures")

@@ -7,7 +7,6 @@ the user names; only the order of calls of their training loop is repeated here,
 from __future__ import annotations
 
 import ast
-import atexit
 import contextlib
 import copy
 import hashlib
@@ -132,7 +131,7 @@ class _Settings(dict):
 
 
 class ReferenceSubject:
-    """One of their networks with our weights, and the work of a case.
+    """One of their networks with our weights, and the work of a case; for use in a `group_of_one`.
 
     Raises:
         RuntimeError: when its outputs are not ours.
@@ -148,7 +147,6 @@ class ReferenceSubject:
         with torch.device(shared.device):
             self.model = reference.build(case.system, config.model)
         self.model.to(shared.device).load_state_dict(to_reference(ours.state_dict(), config.model))
-        _join_group_of_one(shared.device)
         self.relative_error = compare_outputs(ours, self.model.eval(), config)
         del ours
         self.flow = reference.flow_class(self.model)
@@ -209,6 +207,19 @@ class ReferenceSubject:
         return found | {"relative_error": self.relative_error}
 
 
+@contextlib.contextmanager
+def group_of_one(device: torch.device) -> Iterator[None]:
+    """Be in a process group of this process alone: their training all-reduces in each layer."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def compare_outputs(ours: DiT, theirs: torch.nn.Module, config: RunConfig) -> float:
     """Return the relative error of their output against ours in float32.
@@ -224,17 +235,6 @@ def compare_outputs(ours: DiT, theirs: torch.nn.Module, config: RunConfig) -> fl
     if not error <= MOST_RELATIVE_ERROR:
         raise RuntimeError(f"their output with our weights differs by {error:.1e}: not the same work")
     return error
-
-
-def _join_group_of_one(device: torch.device) -> None:
-    """Make a process group of this process alone: their training all-reduces in each layer."""
-    if dist.is_initialized():
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    atexit.register(dist.destroy_process_group)
 
 
 def _function(path: Path, name: str) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from diffmoe.cli import run_command
 from diffmoe.config import RunConfig, load_config
@@ -28,6 +29,7 @@ from diffmoe.evaluation.sampling import sample_images
 from diffmoe.train import CONFIGS
 from diffmoe.training import distributed, run
 from diffmoe.training.checkpoint import load_weights, save_weights
+from diffmoe.training.distributed import World
 from diffmoe.training.log import read_lines
 
 TINY = ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "model.moe.num_experts=4",
@@ -50,14 +52,22 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def run_two(target: Callable[[int, Path], None], folder: Path) -> None:
-    """Let two processes do the work of their rank in a folder, each to its end without an error."""
-    processes = [server().Process(target=target, args=(rank, folder)) for rank in range(2)]
+def run_together(target: Callable[[World, Path], None], folder: Path, count: int = 2) -> None:
+    """Let processes do their part of some work in a folder, each to its end without an error."""
+    processes = [server().Process(target=_be_one, args=(target, World(rank, count), folder)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def _be_one(target: Callable[[World, Path], None], world: World, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= LOOPBACK
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=world.rank, world_size=world.size)
+    target(world, folder)
+    dist.destroy_process_group()
 
 
 def tiny_config(*overrides: str) -> RunConfig:

@@ -1,11 +1,12 @@
 """Several processes: their number changes nothing where it must not, however the model lies in them.
 
-Two processes run every case once (`cases`) and write what came out to a file; the tests compare it with one process.
+Two processes run every case once (`work_of_two`) and write what came out to files, which are compared with one process.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router, randomise
-from processes import LOOPBACK, free_port, run_two
+from processes import LOOPBACK, free_port, run_together
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -38,7 +39,7 @@ SMALL = ["model.hidden_size=16", "model.num_heads=2", "model.depth=2", "training
          "training.num_images=2400", "training.learning_rate=0.01", "training.clip_norm=0.05"]
 GLOBAL, FSDP, FP64 = "model.moe.pool_scope=global", "runtime.parallel=fsdp", "training.precision=fp64"
 SPARSE = ("diffmoe", "token_choice", "expert_race", "expert_choice")
-# (system, overrides): all of it is trained by one process and by two
+# (system, overrides): all of it is trained by one process and by several
 CASES = {f"{system} in float64": (system, [FP64, GLOBAL]) for system in SPARSE} | {
     "expert_race in float64": ("expert_race", [FP64, GLOBAL, "model.moe.router.similarity_loss_weight=0.1"]),
     "dense in float64": ("dense", [FP64]),
@@ -87,19 +88,22 @@ def tied_input() -> Tensor:
 # ---------------------------------------------------------------- what the two processes do
 
 
-def cases(rank: int, folder: Path) -> None:
-    """Do everything that needs two processes; the main one writes the outcome to `two.safetensors`."""
-    torch.set_num_threads(1)
-    os.environ |= LOOPBACK
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    world = World(rank, 2)
+def train_cases(world: World, folder: Path) -> None:
+    """Train all of CASES; the main process writes the outcome to `cases.safetensors`."""
+    found = {f"{case}/{name}": value for case, (system, overrides) in CASES.items()
+             for name, value in trained(system, overrides, world).items()}
+    if world.is_main:
+        save_weights(folder / "cases.safetensors", found, {})
+
+
+def work_of_two(world: World, folder: Path) -> None:
+    """Do everything that needs two processes; the main one writes the outcome to `two.safetensors`, too."""
+    train_cases(world, folder)
     found: dict[str, Tensor] = {}
 
     def keep(case: str, outcome: dict[str, Tensor]) -> None:
         found.update({f"{case}/{name}": value for name, value in outcome.items()})
 
-    for name, (system, overrides) in CASES.items():
-        keep(name, trained(system, overrides, world))
     keep("process scope", trained("token_choice", [FP64], world, steps=3))
     keep("few rows", trained("diffmoe", [FP64, GLOBAL], world, steps=3, row_bound=0.3))
     for parallel in ("ddp", "fsdp"):
@@ -120,7 +124,6 @@ def cases(rank: int, folder: Path) -> None:
         train_run(config, 0, load_data(config.data, config.model), folder / "run", CPU, world=world, deadline=0.0)
     if world.is_main:
         save_weights(folder / "two.safetensors", found, {})
-    dist.destroy_process_group()
 
 
 def thresholds_after_gradients(parallel: str, world: World) -> dict[str, Tensor]:
@@ -229,14 +232,19 @@ def resharded(folder: Path, world: World) -> dict[str, Tensor]:
 def folder_of_two(tmp_path_factory):
     """Let two processes do everything, once; return the folder of what they left."""
     folder = tmp_path_factory.mktemp("two")
-    run_two(cases, folder)
+    run_together(work_of_two, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(folder_of_two):
     """Return a function that gives the outcome of one case in two processes."""
-    found, _ = load_weights(folder_of_two / "two.safetensors")
+    return outcomes(folder_of_two, "cases", "two")
+
+
+def outcomes(folder: Path, *files: str) -> Callable[[str], dict[str, Tensor]]:
+    """Return a function that gives the outcome of one case by what processes have left."""
+    found = {key: value for file in files for key, value in load_weights(folder / f"{file}.safetensors")[0].items()}
     return lambda case: {name.removeprefix(f"{case}/"): value for name, value in found.items()
                          if name.startswith(f"{case}/")}
 
@@ -249,14 +257,24 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float) 
                                    name=name: f"{name}: {text}")
 
 
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def several(request, tmp_path_factory):
+    """Return a function that gives the outcome of one case in as many processes."""
+    if request.param == 2:
+        return request.getfixturevalue("two")
+    folder = tmp_path_factory.mktemp("several")
+    run_together(train_cases, folder, request.param)
+    return outcomes(folder, "cases")
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if "float32" not in name])
-def test_two_processes_equal_one_in_float64(two, case):
-    assert_close(trained(*CASES[case]), two(case), rtol=1e-9)
+def test_several_processes_equal_one_in_float64(several, case):
+    assert_close(trained(*CASES[case]), several(case), rtol=1e-9)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "float32" in name])
-def test_the_losses_of_two_processes_are_those_of_one_in_float32(two, case):
-    torch.testing.assert_close(trained(*CASES[case])["losses"], two(case)["losses"], rtol=1e-4, atol=0)
+def test_the_losses_of_several_processes_are_those_of_one_in_float32(several, case):
+    torch.testing.assert_close(trained(*CASES[case])["losses"], several(case)["losses"], rtol=1e-4, atol=0)
 
 
 def test_the_process_scope_gives_another_result_on_two_processes(two):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import needs_interpreter, rand
-from processes import LOOPBACK, run_two, tiny_config
+from processes import run_together, tiny_config
 from test_robustness_numbers import make_trainer, spoil_gradient
 from torch import nn
 
@@ -19,7 +19,6 @@ from diffmoe.data import load_data
 from diffmoe.models.kernels import HAS_TRITON
 from diffmoe.training import parallel
 from diffmoe.training.checkpoint import load_weights, save_weights
-from diffmoe.training.distributed import World
 from diffmoe.training.ema import Ema
 from diffmoe.training.parallel import local, whole
 from diffmoe.training.trainer import GRADIENT_NORM, Trainer
@@ -228,26 +227,22 @@ def test_a_trainer_takes_the_same_steps_in_one_pass_and_its_state_is_that_of_ano
     assert_near(alone.state(), plain.state(), 1e-4)
 
 
-def move_shares(rank, folder):
-    """Be one of two processes that train under FSDP, in one pass and by torch's operators; keep both states."""
-    os.environ |= LOOPBACK
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def move_shares(world, folder):
+    """Be one of several processes that train under FSDP, in one pass and by torch's operators; keep both states."""
     config = tiny_config("runtime.parallel=fsdp", "model.moe.pool_scope=global", "training.clip_norm=0.05")
     for one_pass in (True, False):
-        trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), World(rank, 2))
+        trainer = Trainer(config, 0, load_data(config.data, config.model), torch.device("cpu"), world)
         if one_pass:
             trainer.one_pass = OnePass(trainer.optimizer, trainer.clipped, 0.05, trainer.averaged, trainer.trained)
         norms = [trainer.train_step()[GRADIENT_NORM] for _ in range(3)]
         state = trainer.state() | {"norms": torch.stack(norms)}
-        if rank == 0:
+        if world.is_main:
             save_weights(folder / f"{one_pass}.safetensors", state, {})
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
 def test_shares_of_two_processes_move_as_torch_moves_them(tmp_path):
-    run_two(move_shares, tmp_path)
+    run_together(move_shares, tmp_path)
     mine, wanted = (load_weights(tmp_path / f"{one_pass}.safetensors")[0] for one_pass in (True, False))
     assert_near(mine, wanted, 1e-4)
 
@@ -260,12 +255,8 @@ def copies_and_weights(trainer):
             for tensors in (trainer.trained, weights)]
 
 
-def train_copies(rank, folder):
-    """Be one of two processes whose bf16 copies train, with the weights behind them shared out and whole."""
-    os.environ |= LOOPBACK
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    world = World(rank, 2)
+def train_copies(world, folder):
+    """Be one of several processes whose bf16 copies train, with the weights behind them shared out and whole."""
     config = tiny_config("model.moe.pool_scope=global", "training.precision=bf16", "training.clip_norm=0.05",
                          "training.extra_ema_half_lives=[100]")
     parallel.SENT_TOGETHER = 1000  # several times in a backward
@@ -277,7 +268,7 @@ def train_copies(rank, folder):
         trainer.optimizer.defaults["fused"] = True
         losses = [trainer.train_step() for _ in range(2)]
         saved = {name: value.clone() for name, value in trainer.state().items()}
-        if rank == 0:
+        if world.is_main:
             save_weights(folder / "saved.safetensors", saved, {})
         largest, first = max(trainer.trained, key=torch.numel), torch.tensor(0)
         hook = largest.register_hook(lambda gradient: gradient.index_fill(0, first, math.inf))  # in rank 0's part
@@ -288,7 +279,7 @@ def train_copies(rank, folder):
         trainer.train_step()
         copies, weights = copies_and_weights(trainer)
         torch.testing.assert_close(copies, weights, rtol=ONE_BIT, atol=0)
-        assert torch.equal(*world.gather(copies[None]))
+        assert (world.gather(copies[None]) == copies).all()
         dist.barrier()
         trainer.load_state(load_weights(folder / "saved.safetensors")[0], 2)
         assert torch.equal(*copies_and_weights(trainer))
@@ -297,18 +288,23 @@ def train_copies(rank, folder):
         state |= {"losses": torch.stack([torch.stack(list(each.values())) for each in losses])}
         averages = [item for average in trainer.averages().values() for item in average.items()]
         state |= {f"average {key}": value.clone() for key, value in averages}
-        if rank == 0:
+        if world.is_main:
             save_weights(folder / f"{name}.safetensors", state, {})
         held = sum(mine.numel() for mine in local(trainer.parameters)) / len(copies)
-        assert (held < 0.6) == (len(trainer.one_pass.launches) > 1) == (name == "shared")
-    dist.destroy_process_group()
+        assert (held < 1.2 / world.size) == (len(trainer.one_pass.launches) > 1) == (name == "shared")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="two processes need Triton's interpreter here")
-def test_weights_shared_out_behind_copies_move_as_whole_ones(tmp_path):
-    run_two(train_copies, tmp_path)
+@pytest.mark.skipif(not INTERPRETED, reason="several processes need Triton's interpreter here")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_weights_shared_out_behind_copies_move_as_whole_ones(tmp_path, count):
+    run_together(train_copies, tmp_path, count)
     mine, wanted = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("shared", "whole"))
-    assert_near(mine, wanted, 1e-5)
+    # the sum of two bf16 gradients is rounded once, that of four up to three times
+    if count == 2:
+        assert_near(mine, wanted, 1e-5)
+    else:  # a sum of two bf16 gradients is rounded once, of four up to three times; weights of size 0 show it enlarged
+        assert_near(*({name: value for name, value in state.items() if name.endswith(".exp_avg")}
+                      for state in (mine, wanted)), ONE_BIT)
 
 
 @on_device

@@ -20,7 +20,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 from diffmoe.cli import run_command
 from diffmoe.config import RunConfig, load_config
@@ -54,7 +53,9 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def run_together(target: Callable[[World, Path], None], folder: Path, count: int = 2) -> None:
     """Let processes do their part of some work in a folder, each to its end without an error."""
-    processes = [server().Process(target=_be_one, args=(target, World(rank, count), folder)) for rank in range(count)]
+    port = free_port()
+    processes = [server().Process(target=_be_one, args=(target, folder, as_torchrun(rank, count, port)))
+                 for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -62,12 +63,17 @@ def run_together(target: Callable[[World, Path], None], folder: Path, count: int
     assert [process.exitcode for process in processes] == [0] * count
 
 
-def _be_one(target: Callable[[World, Path], None], world: World, folder: Path) -> None:
+def _be_one(target: Callable[[World, Path], None], folder: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    os.environ |= LOOPBACK
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=world.rank, world_size=world.size)
-    target(world, folder)
-    dist.destroy_process_group()
+    os.environ |= environment
+    with distributed.join_world(CPU) as world:
+        target(world, folder)
+
+
+def as_torchrun(rank: int, count: int, port: int) -> dict[str, str]:
+    """Return what torchrun tells a process about the others."""
+    return LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
 
 
 def tiny_config(*overrides: str) -> RunConfig:
@@ -145,8 +151,7 @@ def train(folder: Path, overrides: tuple[str, ...], fault: Fault | None, rank: i
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which tests may be, ignores it
     torch.set_num_threads(1)
     if rank is not None:
-        os.environ |= LOOPBACK | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                  "MASTER_PORT": str(port)}
+        os.environ |= as_torchrun(rank, 2, port)
     run.LOG_EVERY, run.SAVE_EVERY_S, run.HANG_S = LOG_EVERY, save_every_s, HANG_S
     keep_averages = run._Run._keep_averages
 

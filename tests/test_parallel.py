@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import rand, random_router, randomise
-from processes import LOOPBACK, free_port, run_together
+from processes import as_torchrun, free_port, run_together
 from test_training import CPU, digits_config
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -414,8 +414,7 @@ def test_graphs_are_given_up_before_the_processes_part(monkeypatch, fails):
     done, captured, destroy = [], Mock(), dist.destroy_process_group
     captured.graph.reset.side_effect = lambda: done.append("given up")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("parted") or destroy())
-    for name, value in (LOOPBACK | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": str(free_port())}).items():
+    for name, value in as_torchrun(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
     graph.captured.add(captured)
     with pytest.raises(ConfigError) if fails else nullcontext(), join_world(CPU):

@@ -299,7 +299,6 @@ def train_copies(world, folder):
 def test_weights_shared_out_behind_copies_move_as_whole_ones(tmp_path, count):
     run_together(train_copies, tmp_path, count)
     mine, wanted = (load_weights(tmp_path / f"{name}.safetensors")[0] for name in ("shared", "whole"))
-    # the sum of two bf16 gradients is rounded once, that of four up to three times
     if count == 2:
         assert_near(mine, wanted, 1e-5)
     else:  # a sum of two bf16 gradients is rounded once, of four up to three times; weights of size 0 show it enlarged

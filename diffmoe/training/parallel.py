@@ -43,7 +43,7 @@ for output in (ModelOutput, Routing):  # else FSDP of torch 2.11 does not see th
 
 LEAST_SENT = 2**19
 """Elements of a tensor that is worth sharing out; what is smaller is averaged together and moved by all processes."""
-SENT_TOGETHER = 2**23
+SENT_TOGETHER = 2**25
 """Elements of gradients that are sent together: every kernel of NCCL waits for the other processes, and for room."""
 BLOCKS_SENT = 2
 """Blocks whose weights and gradients FSDP sends together: of fewer, the host would be slower than the GPU."""

@@ -61,11 +61,15 @@ def test_what_cannot_be_run_is_said(runs: list[str], gpus: list[int]) -> None:
 def test_efficiency_and_mfu_are_those_of_a_process() -> None:
     two = dataclasses.replace(CASE, processes=2, batch=16, scaling="weak", parallel="ddp", pool_scope="process")
     lone, pair = result(CASE, 10.0, 8), result(two, 12.5, 16, flops_per_image=1e6)
-    found = record(lone, pair, peak=1e10)
+    apart = result(dataclasses.replace(two, parallel="apart", pool_scope=""), 10.5, 16)
+    strong = result(dataclasses.replace(two, scaling="strong", batch=8), 8.0, 8)
+    found = record(lone, apart, pair, strong, peak=1e10)
     assert found.efficiency(pair) == pytest.approx(0.8)  # 1,280 images/s of two, 800 of one
     assert found.mfu(pair) == pytest.approx(1e6 * 640 / 1e10)
     assert record(pair).efficiency(pair) is None
-    assert found.cells(pair)[-3:-1] == ["80.0%", "6.4%"] and found.cells(lone)[-3] == "-"
+    assert found.of_apart(pair) == pytest.approx(10.5 / 12.5)
+    assert all(found.of_apart(other) is None for other in (lone, apart, strong)) and record(pair).of_apart(pair) is None
+    assert found.cells(pair)[-4:-1] == ["80.0%", "84.0%", "6.4%"] and found.cells(lone)[-4] == "-"
 
 
 @pytest.mark.parametrize("work, images", [("train", 8), ("sample", 6)])
@@ -130,7 +134,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_figure_draws_each_way_alike_in_all_panels_and_no_two_alike() -> None:
     cases = scaling.list_cases(["L/dense", "L-E16/diffmoe"], [1, 2], "cuda", ["train", "sample"])
-    figure = draw(record(*(result(case, 10.0, case.batch) for case in cases)))
+    results = [result(case, 10.0, case.batch) for case in cases]
+    figure = draw([record(*results), record(*results[:1], *results[-4:])])
     seen: dict[str, set[object]] = {}
     for axes in figure.axes:
         drawn = [line for line in axes.get_lines() if "/" in str(line.get_label())]

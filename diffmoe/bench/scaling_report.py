@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ APART = "apart"
 """As `parallel`: each process trains a model of its own, beside the others."""
 TARGETS = {2: 0.95, 4: 0.95, 8: 0.93}
 """Weak-scaling efficiency to reach, by the number of GPUs."""
-HEADER = ["work", "network", "GPUs", "scaling", "by", "pool", "batch", "images/s", "ms", "efficiency", "MFU",
-          "peak of a process, GiB"]
+HEADER = ["work", "network", "GPUs", "scaling", "by", "pool", "batch", "images/s", "ms", "efficiency", "of apart",
+          "MFU", "peak of a process, GiB"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,12 @@ class ScalingRecord:
                  and (one.case.work, one.case.network) == (result.case.work, result.case.network)]
         return result.images_per_second / result.case.processes / alone[0].images_per_second if alone else None
 
+    def of_apart(self, result: Measured) -> float | None:
+        """Return images/s over those of as many models apart with a batch each; None where there are none."""
+        apart = [one for one in self.results if one.status == OK and one.case.parallel == APART
+                 and one.case == dataclasses.replace(result.case, parallel=APART, pool_scope="")]
+        return result.images_per_second / apart[0].images_per_second if apart and result not in apart else None
+
     def mfu(self, result: Measured) -> float | None:
         """Return activated operations of a process over the peak of its device."""
         if self.peak_flops is None:
@@ -149,9 +157,9 @@ class ScalingRecord:
         first = [case.work, case.network, str(case.processes), case.scaling or "-", case.parallel or "-",
                  case.pool_scope or "-", str(case.batch)]
         if result.status != OK:
-            return [*first, " ".join([result.status, result.message]).strip(), *["-"] * 4]
+            return [*first, " ".join([result.status, result.message]).strip(), *["-"] * 5]
         low, middle, high = result.quartiles_ms
-        shares = [None if case.processes == 1 else self.efficiency(result), self.mfu(result)]
+        shares = [None if case.processes == 1 else self.efficiency(result), self.of_apart(result), self.mfu(result)]
         return [*first, f"{result.images_per_second:,.1f}", f"{middle:,.1f} [{low:,.1f}, {high:,.1f}]",
                 *("-" if share is None else f"{share:.1%}" for share in shares), f"{result.peak_bytes / 2**30:.1f}"]
 
@@ -189,42 +197,48 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
     sections = ["# Scaling over the GPUs of one machine\n\nMade from the records beside it by `python -m "
                 "diffmoe.bench.scaling_report`. Efficiency: images/s of a GPU over those of one GPU alone, whose step "
                 f"has no word for others to wait for; weak scaling is to reach {goal}. Apart: each GPU trains a model "
-                "of its own, so that what is lost is not lost to communication. Milliseconds: medians with quartiles, "
-                "of the slowest process. MFU: of each GPU."]
+                "of its own, so that what is lost is not lost to communication; images/s are compared with those, too. "
+                "Milliseconds: medians with quartiles, of the slowest process. MFU: of each GPU."]
     for record in records:
         found, settings = record.environment, record.settings
         sections.append(
             f"## {record.id}\n\n{settings['cards']} x {found['hardware']}, torch {found['versions']['torch']}, commit "
-            f"{commit_name(found)}; {settings['precision']}, {settings['sampled']:,} images a process sampled in "
-            f"{settings['sampling_steps']} Euler steps.")
+            f"{commit_name(found)}; {settings['precision']}"
+            + (f", {settings['sampled']:,} images a process sampled in {settings['sampling_steps']} Euler steps."
+               if any(result.case.work == "sample" for result in record.results) else "."))
         sections.append(format_table([HEADER, *map(record.cells, record.results)]))
     return "\n\n".join(sections) + "\n"
 
 
-def draw(record: ScalingRecord) -> Figure:
-    """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling, if measured."""
+def draw(records: Sequence[ScalingRecord]) -> Figure:
+    """Draw efficiency against the number of processes: a panel each for weak, strong, and sampling, if measured.
+
+    Args:
+        records: of one commit and machine; of what is in several, the last one's is drawn.
+    """
     set_theme()
+    results = [(record, result) for record in records for result in record.results]
     panels = {"training, weak": WEAK, "training, strong": ("train", "strong"), "sampling": ("sample", "weak")}
-    measured = {(result.case.work, result.case.scaling) for result in record.results if result.status == OK}
+    measured = {(result.case.work, result.case.scaling) for _, result in results if result.status == OK}
     panels = {title: kind for title, kind in panels.items() if kind in measured or kind == WEAK}
     figure, (grid,) = plt.subplots(1, len(panels), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
-    networks = list(dict.fromkeys(result.case.network for result in record.results))
-    ways = sorted({(found.case.parallel, found.case.pool_scope == PoolScope.GLOBAL) for found in record.results
+    networks = list(dict.fromkeys(result.case.network for _, result in results))
+    ways = sorted({(found.case.parallel, found.case.pool_scope == PoolScope.GLOBAL) for _, found in results
                    if found.case.processes > 1})
     for axes, (title, (work, scaling)) in zip(grid, panels.items(), strict=True):
-        lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
-        for result in record.results:
+        lines: dict[tuple[str, ...], dict[int, float]] = {}
+        for record, result in results:
             case = result.case
             found = record.efficiency(result) if result.status == OK else None
             if found is not None and (case.work, case.scaling) == (work, scaling):
                 how = (case.network, case.system, case.parallel, case.pool_scope)
-                lines.setdefault(how, [(1, 1.0)]).append((case.processes, found))
+                lines.setdefault(how, {1: 1.0})[case.processes] = found
         for (network, system, parallel, scope), points in lines.items():
-            axes.plot(*zip(*points, strict=True), color=COLOURS.get(system, "#56b4e9"), lw=1.5, ms=5,
+            axes.plot(list(points), list(points.values()), color=COLOURS.get(system, "#56b4e9"), lw=1.5, ms=5,
                       marker=MARKERS[networks.index(network)],
                       dashes=DASHES[ways.index((parallel, scope == PoolScope.GLOBAL))],
                       label=" ".join(part for part in (network, parallel, scope) if part))
-        counts = sorted({1, *(count for points in lines.values() for count, _ in points)})
+        counts = sorted({1, *(count for points in lines.values() for count in points)})
         if reached := [count for count in counts if (work, scaling) == WEAK and count in TARGETS]:
             axes.plot(reached, [TARGETS[count] for count in reached], "_k", ms=14, mew=1.5, label="to reach")
         axes.set_title(title, loc="left", fontsize=10)
@@ -236,13 +250,15 @@ def draw(record: ScalingRecord) -> Figure:
     figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=4,
                   handlelength=3.5)
     grid[0].set_ylabel("efficiency: images/s of a GPU, of one alone")
-    cards = f"{record.settings['cards']} x {record.environment['hardware']}"
+    cards = f"{records[0].settings['cards']} x {records[0].environment['hardware']}"
     figure.suptitle(f"Scaling over the GPUs of one machine\n{cards}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def write_table(folder: Path) -> list[Path]:
-    """Write page and figure (of the record with most results) of a folder's records and return their paths.
+    """Write page and figure of a folder's records and return their paths.
+
+    The figure is of the record with most results, and of others of its commit and machine.
 
     Raises:
         ConfigError: as `read_all` does.
@@ -250,7 +266,10 @@ def write_table(folder: Path) -> list[Path]:
     records = read_all(folder)
     text = markdown(records)
     write_whole(folder / TABLE, lambda aside: aside.write_text(text))
-    figure = draw(max(records, key=lambda record: len(record.results)))
+    same = itemgetter("commit", "hardware")
+    most = max(records, key=lambda record: len(record.results))
+    figure = draw([record for record in records if same(record.environment) == same(most.environment)
+                   and record.settings["cards"] == most.settings["cards"]])
     figure.savefig(folder / FIGURE, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return [folder / TABLE, folder / FIGURE]

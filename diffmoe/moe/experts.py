@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from diffmoe.config import Backend
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply, product_dtype
@@ -114,7 +115,8 @@ def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type == "cuda":
         return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    # the compiler's own check of shapes refuses float32, which the CPU computes
+    return device.type == "cpu" and (dtype is torch.bfloat16 or dtype is torch.float32 and not is_compiling())
 
 
 def _feed_forward(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:

@@ -19,13 +19,21 @@ from conftest import one_line
 from diffmoe.bench import capacity, parts, runner, startup, timing
 from diffmoe.bench.__main__ import main
 from diffmoe.bench.cases import LARGEST, Case, Settings, list_groups, run_config, split_size
-from diffmoe.bench.parts import attention_costs, feed_forward_costs, list_parts, routing_costs, time_parts
+from diffmoe.bench.gaps import find_gaps, gaps_markdown
+from diffmoe.bench.parts import (
+    attention_costs,
+    feed_forward_costs,
+    list_parts,
+    routing_costs,
+    time_call_parts,
+    time_parts,
+)
 from diffmoe.bench.record import BenchRecord, Result, peak_of, read_benches, record_id, write_bench
 from diffmoe.bench.reference import Reference, ReferenceSubject, group_of_one
 from diffmoe.bench.report import check_bench_report, table_markdown, write_bench_report
 from diffmoe.bench.runner import Options, Runner
-from diffmoe.bench.subjects import OURS, Shared, Training
-from diffmoe.bench.targets import judge, read_targets
+from diffmoe.bench.subjects import OURS, Forward, Sampling, Shared, Training
+from diffmoe.bench.targets import Target, judge, read_targets
 from diffmoe.config import ConfigError, Precision
 from diffmoe.evaluation.sampling import sample_images
 from diffmoe.models.counting import flops_per_call
@@ -253,10 +261,27 @@ def test_parts_add_up_to_the_operations_of_a_step(system: str) -> None:
     assert counted == pytest.approx(step, rel=0.08)
 
 
+@pytest.mark.parametrize("kind, calls", [(Forward, 1), (Sampling, 2)])
+def test_a_call_at_inference_is_taken_apart(kind: type, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "VISIT_SECONDS", 0.001)
+    config = run_config(case("diffmoe"), SETTINGS)
+    subject = kind(case("diffmoe"), config, Shared(CPU))
+    for layer in subject.model.moe_layers().values():
+        layer.router.threshold.copy_(torch.tensor([-1.0, 2.0, 2.0, 2.0]))  # the first expert takes every token
+    lines = {line["name"]: line for line in time_call_parts(subject, 2)}
+    assert not [line for line in lines.values() if "error" in line] and all(line["ms"] > 0 for line in lines.values())
+    assert {name: line["count"] for name, line in lines.items()} == {name: calls * count for name, count in {
+        "attention": 4, "norms, modulation, residual": 4, "dense feed-forward": 2, "routing": 2, "expert products": 2,
+        "network call": 1}.items()}
+    counted = sum(line["count"] * line["flops"] for line in lines.values())
+    assert counted == pytest.approx(calls * 2 * flops_per_call(config.model, 1.0), rel=0.08)
+
+
 def test_costs_in_closed_form() -> None:
     model = run_config(case("diffmoe"), SETTINGS).model  # D 48, F 192, T 64, batch 2: S 128
     assert attention_costs(model, 2)[0] == 3 * (128 * 8 * 48**2 + 128 * 4 * 64 * 48)
     assert feed_forward_costs(48, 192, 100, 4) == (3 * 4 * 100 * 48 * 192, 3 * 2 * 100 * 480 + 8 * 2 * 4 * 48 * 192)
+    assert feed_forward_costs(48, 192, 100, 4, False) == (4 * 100 * 48 * 192, 2 * 100 * 480 + 2 * 2 * 4 * 48 * 192)
     router = torch.nn.Sequential(torch.nn.Linear(48, 4))
     assert routing_costs(router, model, 2) == (6 * 128 * 48 * 4, 3 * 128 * (2 * 48 + 4 * 4))
 
@@ -404,6 +429,30 @@ def test_targets_are_judged_by_the_latest_record_that_has_them() -> None:
     assert found["latent L-E16 diffmoe train largest batch", "reference"][0] is None
 
 
+@pytest.mark.parametrize("ms, routing_ms, routing_least, attempts, status", [
+    (10.0, 4.9, 0.1, 2, "closed: attempts missed"), (10.0, 4.9, 0.1, 1, "open: 1 more to attempt"),
+    (10.0, 3.0, 0.1, 2, "open: not accounted for"), (11.0, 5.5, 5.5, 0, "closed: out of reach"),
+    (11.0, 4.0, 4.0, 0, "open: not accounted for")])
+def test_a_gap_closes_by_an_account_and_two_attempts(ms: float, routing_ms: float, routing_least: float, attempts: int,
+                                                     status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(workload="latent", size="L-E16", system="diffmoe", work="train", against="dense", at_least=0.9,
+                    attempts=("0123456",) * attempts)
+    monkeypatch.setattr("diffmoe.bench.targets.read_targets", lambda: [target])
+    kind = {"workload": "latent", "size": "L-E16", "batch": 128}
+    part = {"name": "attention", "count": 4, "ms": 1.25, "flops": 0.9e9, "bytes": 1e3, "how": "eager"}
+    whole = {"name": "forward and backward", "count": 1, "ms": ms, "flops": 0.0, "bytes": 0.0, "how": "eager"}
+    routing = part | {"name": "routing", "count": 1, "ms": routing_ms, "flops": routing_least * 1e9}
+    record = empty_record(results=[result(ms, [part, routing, whole], **kind),
+                                   result(8.0, [part, whole], system="dense", **kind)])
+    (gap,) = find_gaps([record])
+    assert gap.status == status
+    assert gap.needs_ms == pytest.approx(8 / 0.9) and gap.accounted == pytest.approx((5 + routing_ms) / ms)
+    assert gap.least_ms == pytest.approx(ms - (5 - 3.6) - (routing_ms - routing_least))  # ceilings: a TFLOP/s
+    page = gaps_markdown([record])
+    assert f"{int(status.startswith('closed'))} of 1 unmet targets" in page
+    assert "| routing   " in page and "| forward and backward" not in page
+
+
 def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
     part = {"name": "attention", "count": 4, "ms": 1.0, "flops": 1e8, "bytes": 1e6, "how": "eager"}
     record = empty_record(
@@ -416,7 +465,7 @@ def test_the_report_follows_from_the_records(tmp_path: Path) -> None:
         reference={"digest": "0", "differences": ["data: theirs lies ready"]})
     write_bench(tmp_path, record)
     names = {path.name for path in write_bench_report(tmp_path)}
-    assert names == {"table.md", "targets.md", "relative_speed.png", "roofline.png"}
+    assert names == {"table.md", "targets.md", "gaps.md", "relative_speed.png", "roofline.png"}
     assert check_bench_report(tmp_path) == []
     table = (tmp_path / "table.md").read_text()
     assert "| 250 | 8 [8, 8] | 1.25 | 5.00 | 25.0% |" in table

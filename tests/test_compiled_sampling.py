@@ -6,6 +6,7 @@ from conftest import randomise, set_threshold
 from test_training import digits_config
 from torch._dynamo.utils import counters
 
+from diffmoe.bench.subjects import network_inputs
 from diffmoe.evaluation import sampling
 from diffmoe.models.dit import build_model
 
@@ -43,6 +44,19 @@ def test_compiled_sampling_gives_the_same_images_and_capacity(system, compiled_b
     compiled_blocks.clear()
     sampling.sample_images(model, config[1], range(4))
     assert not compiled_blocks, "less than two full batches are not worth compiling"
+
+
+def test_a_compiled_call_in_float32_is_the_plain_one(monkeypatch):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compile_module(block, backend="eager", **how))
+    torch._dynamo.reset()
+    config = digits_config("diffmoe", "training.precision=fp32", "runtime.compile=true")
+    model = randomise(build_model(config.model)).eval()
+    inputs = network_inputs(config.model, 2, torch.device("cpu"))
+    with torch.no_grad():
+        plain, compiled = (sampling.prepare_call(model, config, sampling.FIRST_ROW_BOUND, compiled=compiled)(*inputs)
+                           for compiled in (False, True))
+    torch.testing.assert_close(compiled.prediction, plain.prediction)
 
 
 @pytest.mark.usefixtures("compiled_blocks")

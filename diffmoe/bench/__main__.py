@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference-precisions", help="tf32 (as shipped), bf16 (under autocast)")
     parser.add_argument("--expert-load", type=Path, help="record of a trained mixture whose load a second run imitates")
     parser.add_argument("--parts", nargs="?", const="all", choices=["all", "whole"],
-                        help="take our training steps apart (whole: time forward and backward alone)")
+                        help="take our steps and calls apart (whole: time the network's forward, and backward, alone)")
     parser.add_argument("--profile", action="store_true", help="write the top kernels of each case to a text file")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (always so on a CPU)")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")

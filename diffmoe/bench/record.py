@@ -49,7 +49,7 @@ class Result:
     samples_ms: list[list[float]] = field(default_factory=list)
     """Milliseconds of each call, one list a visit."""
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """`name`, `count`, `ms`, `flops`, `bytes`, `how` (or `error`) of the parts of a training step."""
+    """`name`, `count` (of a call), `ms`, `flops`, `bytes`, `how` (or `error`) of the parts of a call."""
     relative_error: float | None = None
     """Of the reference's output against ours with the same weights, float32."""
 

@@ -16,8 +16,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from diffmoe.bench.gaps import gaps_markdown
 from diffmoe.bench.record import OK, BenchRecord, Result, read_benches
-from diffmoe.bench.targets import NAMES, judge
+from diffmoe.bench.targets import NAMES, format_value, judge
 from diffmoe.config import ConfigError
 from diffmoe.records import commit_name
 from diffmoe.report.style import COLOURS, SYSTEMS
@@ -29,7 +30,7 @@ IMPLEMENTATIONS = {"ours": "ours", "reference-tf32": "authors, TF32", "reference
 
 
 def write_bench_report(folder: Path) -> list[Path]:
-    """Write table.md, targets.md (for the README) and the figures of a folder's records; return their paths.
+    """Write table.md, targets.md (for the README), gaps.md and the figures of a folder's records; return their paths.
 
     Raises:
         ConfigError: for records that cannot be read, or a folder that cannot be written.
@@ -78,8 +79,8 @@ def table_markdown(records: Sequence[BenchRecord]) -> str:
                  f"{ceilings['copy_bytes'] / 1e12:.3g} TB/s. " if ceilings else "")
         head += _settings_line(record)
         sections.append(head + "\n\n" + results_table(record))
-        sections += [table for result in record.results if result.parts
-                     if (table := f"### Parts of a step: {result.case.name}\n\n{parts_table(record, result)}")]
+        sections += [f"### Parts of a {'step' if result.case.work == 'train' else 'call'}: {result.case.name}\n\n"
+                     + parts_table(record, result) for result in record.results if result.parts]
         if record.startup:
             sections.append("### Start-up, seconds\n\n" + startup_table(record))
         if record.reference:
@@ -90,7 +91,7 @@ def table_markdown(records: Sequence[BenchRecord]) -> str:
 
 def targets_table(records: Sequence[BenchRecord]) -> str:
     """Return each target with what was measured, and in which record."""
-    lines = [(target.name, f"{target.limit} {NAMES[target.against]}", "" if value is None else _number(value),
+    lines = [(target.name, f"{target.limit} {NAMES[target.against]}", "" if value is None else format_value(value),
               "not measured" if value is None else "met" if target.is_met(value) else "not met", source)
              for target, value, source in judge(records)]
     return _markdown(("what", "target", "measured", "", "record"), lines)
@@ -103,19 +104,16 @@ def measured_targets(records: Sequence[BenchRecord]) -> str:
     rows: dict[str, dict[str, str]] = {}
     for target, value, met in judged:
         work = f"{dataclasses.replace(target, size='').name}, {NAMES[target.against]}"
-        number = "not measured" if value is None else f"**{_number(value)}**" if met else _number(value)
+        number = "not measured" if value is None else f"**{format_value(value)}**" if met else format_value(value)
         rows.setdefault(work, {})[target.size] = f"{number} ({target.limit})"
     lines = [(work, *(cells.get(size, "") for size in sizes)) for work, cells in rows.items()]
     return (f"{sum(met for *_, met in judged)} of {len(judged)} targets, in parentheses, are met: bold.\n\n"
             + _markdown(("", *sizes), lines) + "\n")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
 def _texts(records: Sequence[BenchRecord]) -> dict[str, str]:
-    return {"table.md": table_markdown(records), "targets.md": measured_targets(records)}
+    return {"table.md": table_markdown(records), "targets.md": measured_targets(records),
+            "gaps.md": gaps_markdown(records)}
 
 
 def results_table(record: BenchRecord) -> str:
@@ -156,7 +154,7 @@ def parts_table(record: BenchRecord, result: Result) -> str:
             costs = (f"{part['flops'] / part['ms'] / 1e9:.3g}", f"{part['bytes'] / part['ms'] / 1e9:.3g}",
                      f"{floor_ms / part['ms']:.0%}")
         lines.append((part["name"], str(part["count"]), f"{total:.3g}", f"{total / step_ms:.0%}", *costs, part["how"]))
-    return _markdown(("part", "a step", "ms a step", "share", "TFLOP/s", "TB/s", "of its ceiling", "ran"), lines)
+    return _markdown(("part", "times", "ms together", "share", "TFLOP/s", "TB/s", "of its ceiling", "ran"), lines)
 
 
 def startup_table(record: BenchRecord) -> str:
@@ -229,7 +227,7 @@ def parts_data(records: Sequence[BenchRecord]) -> pd.DataFrame:
     for record in records:
         for result in record.results:
             for part in result.parts:
-                if part.get("ms") and part["flops"]:
+                if part.get("ms") and part["flops"] and result.case.work == "train":
                     case = result.case
                     name = f"{case.workload} {case.size} {SYSTEMS.get(case.system, case.system)}, batch {case.batch}"
                     latest[case, part["name"]] = {

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from diffmoe.bench.cases import LARGEST, Case, Settings, own_batch, run_config
-from diffmoe.bench.parts import WHOLE, time_parts
+from diffmoe.bench.parts import WHOLE, WHOLE_CALL, time_call_parts, time_parts
 from diffmoe.bench.profile import profile_subject
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, BenchRecord, Result
-from diffmoe.bench.subjects import WARM_UP, Subject, Training
+from diffmoe.bench.subjects import WARM_UP, Forward, Sampling, Subject, Training
 from diffmoe.bench.timing import (
     MemoryMeter,
     available_memory,
@@ -47,7 +47,7 @@ class Options:
     """What is done beside timing."""
 
     parts: str | None = None
-    """Take our training steps apart: all parts, or `whole`, forward and backward alone."""
+    """Take our steps and calls apart: all parts, or `whole`, the network's forward (and backward) alone."""
     profile: Callable[[str], None] | None = None
     """Given the text of a profile of each case."""
     say: Callable[[str], None] = print
@@ -163,7 +163,7 @@ class Runner:
         self.options.save()
 
     def _look_closer(self, standing: list[tuple[Result, Subject]]) -> None:
-        """Profile, and take our training steps apart: last, since that leaves a trainer of no use."""
+        """Profile, and take ours apart: last, since that leaves a trainer of no use."""
         for result, subject in standing:
             if result.status != OK or self._is_late():
                 continue
@@ -174,9 +174,14 @@ class Runner:
                     self.options.profile(text)
                 except RuntimeError as error:
                     self.options.say(f"{result.case.name}: no profile: {describe_error(error)}")
-            if self.options.parts and isinstance(subject, Training):
-                result.parts = time_parts(subject.trainer, only=WHOLE if self.options.parts == "whole" else None)
-                self.options.save()
+            if not self.options.parts:
+                continue
+            whole = self.options.parts == "whole"
+            if isinstance(subject, Training):
+                result.parts = time_parts(subject.trainer, only=WHOLE if whole else None)
+            elif isinstance(subject, Sampling | Forward):
+                result.parts = time_call_parts(subject, result.case.batch, only=WHOLE_CALL if whole else None)
+            self.options.save()
 
     def _largest(self, case: Case) -> Case | None:
         """Return a case at the largest batch that its memory makes likely, the workload's own doubled or halved.

@@ -131,8 +131,8 @@ class Forward:
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared) -> None:
         self.config = config
-        model = shared.inference_model(case, config)
-        self.network = prepare_call(model, config, FIRST_ROW_BOUND, compiled=bool(config.runtime.compile))
+        self.model = shared.inference_model(case, config)
+        self.network = prepare_call(self.model, config, FIRST_ROW_BOUND, compiled=bool(config.runtime.compile))
         self.inputs = network_inputs(config.model, case.batch, shared.device)
 
     def call(self) -> ModelOutput:

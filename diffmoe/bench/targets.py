@@ -32,6 +32,7 @@ class Target:
     cache: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    attempts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -80,7 +81,8 @@ class Target:
 
 def read_targets() -> list[Target]:
     """Return the targets."""
-    return [Target(**line) for line in yaml.safe_load((Path(__file__).parent / "targets.yaml").read_text())]
+    lines = yaml.safe_load((Path(__file__).parent / "targets.yaml").read_text())
+    return [Target(**line | {"attempts": tuple(line.get("attempts", ()))}) for line in lines]
 
 
 def judge(records: Sequence[BenchRecord]) -> list[tuple[Target, float | None, str]]:
@@ -93,13 +95,19 @@ def judge(records: Sequence[BenchRecord]) -> list[tuple[Target, float | None, st
     return found
 
 
+def format_value(value: float) -> str:
+    """Return a measured value in four digits, or more before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _gradients_ratio(record: BenchRecord, result: Result) -> float | None:
-    times = [_part_ms(result, WHOLE)]
+    times = [part_ms(result, WHOLE)]
     dense = record.find(workload=result.case.workload, size=result.case.size, system="dense", work="train",
                         batch=result.case.batch, implementation="ours")
-    times += [_part_ms(other, WHOLE) for other in dense]
+    times += [part_ms(other, WHOLE) for other in dense]
     return None if len(times) < 2 or None in times else times[1] / times[0]
 
 
-def _part_ms(result: Result, name: str) -> float | None:
+def part_ms(result: Result, name: str) -> float | None:
+    """Return the milliseconds of a part, or None for one that was not timed."""
     return next((part.get("ms") for part in result.parts if part["name"] == name), None)

@@ -201,12 +201,16 @@ def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, comp
         with eager, autocast(config.training, device), tf32(config.training.tf32):
             return model(x, t, y, row_bound)
 
+    model = inference_weights(model, config, compiled=compiled)
     if compiled:
-        if config.training.precision is Precision.BF16:
-            model = model.rounded(torch.bfloat16)
         compile_blocks(model.blocks)
     graphed = compiled and device.type == "cuda" and not model.waits_for_device(dtype_of_products(config.training))
     return Graphed(call) if graphed else call
+
+
+def inference_weights(model: DiT, config: RunConfig, *, compiled: bool) -> DiT:
+    """Return the network whose weights a call uses: compiled in bf16, one with bf16 copies of them."""
+    return model.rounded(torch.bfloat16) if compiled and config.training.precision is Precision.BF16 else model
 
 
 def _sample_batch(model: DiT, network: NetworkCall, config: RunConfig, noise: StartNoise,

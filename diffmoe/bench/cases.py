@@ -166,6 +166,11 @@ def own_batch(workload: str, size: str, work: str) -> int:
     return min(own, SMALLER_BATCHES.get(split_size(size)[0], own))
 
 
+def own_pools(images: int) -> list[str]:
+    """Return the settings with which each process has a pool of its own: then its images are a part of the method."""
+    return ["model.moe.pool_scope=process", f"model.moe.router.pool_images={images}"]
+
+
 def random_images(config: RunConfig, device: torch.device) -> ImageData:
     """Return random bytes of the run's shape; speed does not depend on what they show, but zeros would be faster."""
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.bench.cases import Settings, is_dynamic, own_batch, run_config
+from diffmoe.bench.cases import Settings, is_dynamic, own_batch, own_pools, run_config
 from diffmoe.bench.profile import profile_subject
 from diffmoe.bench.record import ERROR, OK, OUT_OF_MEMORY, SKIPPED, peak_of, write_bench
 from diffmoe.bench.scaling_report import APART, Measured, ScalingCase, ScalingRecord, read_scaling, write_table
@@ -88,10 +88,10 @@ def configure(case: ScalingCase, settings: Settings) -> RunConfig:
     if case.parallel == APART:
         case = dataclasses.replace(case, parallel="", batch=case.batch // case.processes)
     further = [f"runtime.parallel={case.parallel}"] if case.parallel else []
-    if case.pool_scope:
+    if case.pool_scope == PoolScope.PROCESS:
+        further += own_pools(case.batch // case.processes)
+    elif case.pool_scope:
         further.append(f"model.moe.pool_scope={case.pool_scope}")
-    if case.pool_scope == PoolScope.PROCESS:  # then a pool is a process's images, and so a part of the method
-        further.append(f"model.moe.router.pool_images={case.batch // case.processes}")
     return run_config(case.bench_case(), settings, further)
 
 

@@ -116,7 +116,7 @@ def grouped_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cuda":
         return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
     # the compiler's own check of shapes refuses float32, which the CPU computes
-    return device.type == "cpu" and (dtype is torch.bfloat16 or dtype is torch.float32 and not is_compiling())
+    return device.type == "cpu" and (dtype is torch.bfloat16 or (dtype is torch.float32 and not is_compiling()))
 
 
 def _feed_forward(x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:

@@ -11,7 +11,11 @@ from diffmoe.bench.targets import NAMES, Target, format_value, judge, part_ms
 from diffmoe.report.style import SYSTEMS
 from diffmoe.report.table1 import format_table
 
+OF_DENSE = ("dense", "gradients", "latency")
+"""Measures relative to dense, whose parts are as fast as they are."""
 NOT_NETWORK = ("optimiser and average", "optimiser", "average", "data")
+NOTHING = 0.0, 0.0
+"""The times of a part that a call does not have."""
 ACCOUNTED = 0.9
 """Share of a call that its parts must add up to, to be an account of it."""
 ATTEMPTS = 2
@@ -19,22 +23,23 @@ ATTEMPTS = 2
 TEXT = """# What is missing to the targets of speed
 
 Made from the records beside it by `python -m diffmoe.bench --report`. A target is closed when the parts add up to
-{accounted:.0%} of the call, and it is out of reach even with each of them at the ceilings of that run's machine (matrix
-product and copy; what is in no part stays), or {attempts} changes, each with a prediction, left it unmet: the messages
-of the commits that are named say what was predicted and measured. Milliseconds of a call, from the latest record that
-takes such a call apart: its batch may be another than the target's."""
+{accounted:.0%} of the call, and it is out of reach at the ceilings, or {attempts} changes, each with a prediction, left
+it unmet: the messages of the commits that are named say what was predicted and measured. At the ceilings of that run's
+machine (matrix product and copy) stands each part; where the target is relative to dense, whatever is done more than by
+dense, and the rest is dense's time. Milliseconds of a call, from the latest record that takes such a call apart: its
+batch may be another than the target's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PartLine:
     """A part in the call of a target's system and in that of dense, milliseconds of a whole call."""
 
     name: str
-    ms: float = 0.0
-    least_ms: float = 0.0
+    ms: float
+    least_ms: float
     """At the ceilings of the record; never more than was measured."""
-    dense_ms: float = 0.0
-    dense_least_ms: float = 0.0
+    dense_ms: float
+    dense_least_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +54,15 @@ class Gap:
     """Of the call, or of its forward and backward where the target is about them."""
     needs_ms: float = 0.0
     """With which the target would be met, all else unchanged."""
+    dense_ms: float | None = None
+    """Of dense, where the target is relative to it."""
     lines: tuple[PartLine, ...] = ()
 
     @property
     def least_ms(self) -> float:
-        """Return the time with each part at its ceiling; what is in no part stays."""
+        """Return the time with each part at its ceiling, what is in no part as it is; or dense's and what is more."""
+        if self.dense_ms is not None:
+            return self.dense_ms + sum(line.least_ms - line.dense_least_ms for line in self.lines)
         return self.has_ms - sum(line.ms - line.least_ms for line in self.lines)
 
     @property
@@ -108,35 +117,47 @@ def gaps_markdown(records: Sequence[BenchRecord]) -> str:
 
 
 def _account(target: Target, value: float, records: Sequence[BenchRecord]) -> Gap:
-    wanted = {name: getattr(target, name) for name in ("workload", "size", "work", "load")
-              if getattr(target, name) is not None}
+    record, result, dense = _taken_apart(target, records)
+    if result is None:
+        return Gap(target=target, value=value)
+    mine, other = _times(record, result, target), _times(record, dense, target)
+    here = target.measured(record) or value
+    ratio = here / target.at_least if target.at_most is None else target.at_most / here
+    has_ms, dense_ms = _call_ms(result, target), _call_ms(dense, target)
+    return Gap(target=target, value=value, record=record, result=result, has_ms=has_ms, needs_ms=has_ms * ratio,
+               dense_ms=dense_ms if target.against in OF_DENSE else None,
+               lines=tuple(PartLine(name, *mine.get(name, NOTHING), *other.get(name, NOTHING))
+                           for name in dict.fromkeys([*other, *mine])))
+
+
+def _taken_apart(target: Target,
+                 records: Sequence[BenchRecord]) -> tuple[BenchRecord, Result, Result | None] | tuple[None] * 3:
+    """Return the latest record with the parts of a target's work, their result and dense's, if it has parts, too."""
+    wanted = {name: getattr(target, name) for name in ("workload", "size", "work")}
     for record in () if target.against == "startup" else reversed(records):
-        for result in record.find(**wanted, system=target.system, implementation="ours"):
-            if not any(part["flops"] and "ms" in part for part in result.parts):
-                continue
-            dense = record.find(**wanted | {"load": ""}, system="dense", batch=result.case.batch,
-                                implementation="ours") if target.system != "dense" else []
-            mine, other = _times(record, result), _times(record, dense[0]) if dense else {}
-            has_ms = result.quartiles_ms[1]
-            if target.against == "gradients":
-                has_ms = part_ms(result, WHOLE)
-                mine, other = ({name: times for name, times in each.items() if name not in NOT_NETWORK}
-                               for each in (mine, other))
-            here = target.measured(record) or value
-            ratio = here / target.at_least if target.at_most is None else target.at_most / here
-            lines = [PartLine(name=name, ms=ms, least_ms=least, dense_ms=dense_ms, dense_least_ms=dense_least)
-                     for name in dict.fromkeys([*other, *mine]) for ms, least in [mine.get(name, (0.0, 0.0))]
-                     for dense_ms, dense_least in [other.get(name, (0.0, 0.0))]]
-            return Gap(target=target, value=value, record=record, result=result, has_ms=has_ms,
-                       needs_ms=has_ms * ratio, lines=tuple(lines))
-    return Gap(target=target, value=value)
+        apart = [result for result in record.find(**wanted, implementation="ours")
+                 if any(part["flops"] and "ms" in part for part in result.parts)]
+        for result in apart:
+            if result.case.system == target.system and target.load in (None, result.case.load):
+                dense = [other for other in apart if other.case.system == "dense" and result.case.system != "dense"
+                         and other.case.batch == result.case.batch]
+                return record, result, dense[0] if dense else None
+    return None, None, None
 
 
-def _times(record: BenchRecord, result: Result) -> dict[str, tuple[float, float]]:
+def _call_ms(result: Result | None, target: Target) -> float | None:
+    """Return the time that a target is about: of the call, or of its forward and backward."""
+    if result is None:
+        return None
+    return part_ms(result, WHOLE) if target.against == "gradients" else result.quartiles_ms[1]
+
+
+def _times(record: BenchRecord, result: Result | None, target: Target) -> dict[str, tuple[float, float]]:
     """Return milliseconds of a whole call by part, as measured and at the ceilings."""
+    left_out = (WHOLE, WHOLE_CALL, *(NOT_NETWORK if target.against == "gradients" else ()))
     found = {}
-    for part in result.parts:
-        if "ms" in part and part["name"] not in (WHOLE, WHOLE_CALL):
+    for part in result.parts if result else ():
+        if "ms" in part and part["name"] not in left_out:
             least = 1e3 * max(part["flops"] / record.ceilings["matmul_flops"],
                               part["bytes"] / record.ceilings["copy_bytes"])
             found[part["name"]] = part["count"] * part["ms"], part["count"] * min(least, part["ms"])

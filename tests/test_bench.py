@@ -19,7 +19,7 @@ from conftest import one_line
 from diffmoe.bench import capacity, parts, runner, startup, timing
 from diffmoe.bench.__main__ import main
 from diffmoe.bench.cases import LARGEST, Case, Settings, list_groups, run_config, split_size
-from diffmoe.bench.gaps import find_gaps, gaps_markdown
+from diffmoe.bench.gaps import PartLine, find_gaps, gaps_markdown
 from diffmoe.bench.parts import (
     attention_costs,
     feed_forward_costs,
@@ -252,6 +252,24 @@ def test_a_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line["ms"] > 0 for line in lines.values())
 
 
+@pytest.mark.parametrize("kind", [Training, Forward])
+def test_the_compiler_leaves_nothing_of_a_part_out(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "VISIT_SECONDS", 0.001)
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: plain(function, backend="eager", **how))
+    settings = dataclasses.replace(SETTINGS, compile=True)
+    subject = kind(case("diffmoe"), run_config(case("diffmoe"), settings), Shared(CPU))
+
+    def time_routing() -> dict[str, object]:
+        (line,) = (time_parts(subject.trainer, only="routing") if kind is Training else
+                   time_call_parts(subject, 2, only="routing"))
+        return line
+
+    assert time_routing()["how"] == "compiled"
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: function(*inputs) if inputs else [])
+    assert "not all of it" in time_routing()["error"]
+
+
 @pytest.mark.parametrize("system", ["dense", "diffmoe", "token_choice"])
 def test_parts_add_up_to_the_operations_of_a_step(system: str) -> None:
     config = run_config(case(system), SETTINGS)
@@ -430,9 +448,9 @@ def test_targets_are_judged_by_the_latest_record_that_has_them() -> None:
 
 
 @pytest.mark.parametrize("ms, routing_ms, routing_least, attempts, status", [
-    (10.0, 4.9, 0.1, 2, "closed: attempts missed"), (10.0, 4.9, 0.1, 1, "open: 1 more to attempt"),
-    (10.0, 3.0, 0.1, 2, "open: not accounted for"), (11.0, 5.5, 5.5, 0, "closed: out of reach"),
-    (11.0, 4.0, 4.0, 0, "open: not accounted for")])
+    (10.0, 4.9, 0.1, 2, "closed: attempts left it unmet"), (10.0, 4.9, 0.1, 1, "open: 1 more to attempt"),
+    (10.0, 3.0, 0.1, 2, "open: parts do not add up"), (11.0, 5.5, 5.5, 0, "closed: out of reach"),
+    (11.0, 4.0, 4.0, 0, "open: parts do not add up"), (10.0, 6.1, 0.1, 2, "open: parts do not add up")])
 def test_a_gap_closes_by_an_account_and_two_attempts(ms: float, routing_ms: float, routing_least: float, attempts: int,
                                                      status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(workload="latent", size="L-E16", system="diffmoe", work="train", against="dense", at_least=0.9,
@@ -448,12 +466,32 @@ def test_a_gap_closes_by_an_account_and_two_attempts(ms: float, routing_ms: floa
     assert gap.status == status
     assert gap.needs_ms == pytest.approx(8 / 0.9) and gap.accounted == pytest.approx((5 + routing_ms) / ms)
     assert gap.least_ms == pytest.approx(8 + routing_least)  # ceilings: a TFLOP/s; attention is dense's, too
+    later = dataclasses.replace(record, id="later", results=[result(ms, **kind), result(8.0, system="dense", **kind)])
+    assert find_gaps([record, later])[0].status == "open: taken apart before that"
     bare = dataclasses.replace(record, results=[record.results[0], result(8.0, system="dense", **kind)])
     (gap,) = find_gaps([bare])
     assert gap.dense_ms is None and gap.least_ms == pytest.approx(ms - (5 - 3.6) - (routing_ms - routing_least))
     page = gaps_markdown([record])
     assert f"{int(status.startswith('closed'))} of 1 unmet targets" in page
     assert "| routing   " in page and "| forward and backward" not in page
+
+
+def test_forward_and_backward_that_failed_alone_are_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(workload="latent", size="L-E16", system="diffmoe", work="train", against="gradients", at_least=0.9)
+    monkeypatch.setattr("diffmoe.bench.targets.read_targets", lambda: [target])
+    kind = {"workload": "latent", "size": "L-E16", "batch": 128}
+    part = {"name": "attention", "count": 4, "ms": 1.25, "flops": 0.9e9, "bytes": 1e3, "how": "eager"}
+    whole = {"name": "forward and backward", "count": 1, "flops": 0.0, "bytes": 0.0, "ms": 9.0}
+    first, second = (empty_record(id=name, results=[
+        result(10.0, [part, mine], **kind), result(8.0, [part, whole | {"ms": 7.0}], system="dense", **kind)])
+        for name, mine in (("bench-a", whole), ("bench-b", {"error": "out of memory"} | {
+            key: value for key, value in whole.items() if key != "ms"})))
+    assert find_gaps([first, second])[0].status == "open: not taken apart"
+
+
+def test_what_is_less_than_in_dense_stands_as_measured() -> None:
+    assert PartLine("dense feed-forward", 3.0, 2.0, 6.0, 4.0).more_ms == -3
+    assert PartLine("routing", 3.0, 2.0, 0.0, 0.0).more_ms == 2
 
 
 def test_the_report_follows_from_the_records(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diffmoe.bench.parts import WHOLE, WHOLE_CALL
 from diffmoe.bench.record import BenchRecord, Result
 from diffmoe.bench.targets import NAMES, Target, format_value, judge, part_ms
+from diffmoe.records import commit_name
 from diffmoe.report.style import SYSTEMS
 from diffmoe.report.table1 import format_table
 
@@ -16,18 +17,18 @@ OF_DENSE = ("dense", "gradients", "latency")
 NOT_NETWORK = ("optimiser and average", "optimiser", "average", "data")
 NOTHING = 0.0, 0.0
 """The times of a part that a call does not have."""
-ACCOUNTED = 0.9
-"""Share of a call that its parts must add up to, to be an account of it."""
+ACCOUNTED = 0.9, 1.1
+"""Shares of a call between which its parts must add up, to be an account of it."""
 ATTEMPTS = 2
 """Changes with a prediction behind which a target is still unmet; so many close it, if the account is there, too."""
 TEXT = """# What is missing to the targets of speed
 
-Made from the records beside it by `python -m diffmoe.bench --report`. A target is closed when the parts add up to
-{accounted:.0%} of the call, and it is out of reach at the ceilings, or {attempts} changes, each with a prediction, left
-it unmet: the messages of the commits that are named say what was predicted and measured. At the ceilings of that run's
-machine (matrix product and copy) stands each part; where the target is relative to dense, whatever is done more than by
-dense, and the rest is dense's time. Milliseconds of a call, from the latest record that takes such a call apart: its
-batch may be another than the target's."""
+Made from the records beside it by `python -m diffmoe.bench --report`. A target is closed when a record that is not
+older than its value takes the call apart, the parts add up to {low:.0%} to {high:.0%} of it, and it is out of reach at
+the ceilings, or {attempts} changes, each with a prediction, left it unmet: the messages of the commits that are named,
+or of the next record, say what was predicted and measured. At the ceilings of that run's machine (matrix product and
+copy) stands each part; where the target is relative to dense, what is done more than by dense stands there, and the
+rest is as measured. Milliseconds of a call, whose batch may be another than the target's."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class PartLine:
     dense_ms: float
     dense_least_ms: float
 
+    @property
+    def more_ms(self) -> float:
+        """Return what is done more than by dense, at the ceilings; or less, as measured."""
+        more = self.least_ms - self.dense_least_ms
+        return more if more >= 0 else min(self.ms - self.dense_ms, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
@@ -48,6 +55,8 @@ class Gap:
 
     target: Target
     value: float
+    is_older: bool = False
+    """The record that takes it apart is older than the one with the value."""
     record: BenchRecord | None = None
     result: Result | None = None
     has_ms: float = 0.0
@@ -62,7 +71,7 @@ class Gap:
     def least_ms(self) -> float:
         """Return the time with each part at its ceiling, what is in no part as it is; or dense's and what is more."""
         if self.dense_ms is not None:
-            return self.dense_ms + sum(line.least_ms - line.dense_least_ms for line in self.lines)
+            return self.dense_ms + sum(line.more_ms for line in self.lines)
         return self.has_ms - sum(line.ms - line.least_ms for line in self.lines)
 
     @property
@@ -75,12 +84,14 @@ class Gap:
         """Say why the target is closed, or what is missing for that."""
         if self.result is None:
             return "open: not taken apart"
-        if self.accounted < ACCOUNTED:
-            return "open: not accounted for"
+        if self.is_older:
+            return "open: taken apart before that"
+        if not ACCOUNTED[0] <= self.accounted <= ACCOUNTED[1]:
+            return "open: parts do not add up"
         if self.least_ms > self.needs_ms:
             return "closed: out of reach"
         missing = ATTEMPTS - len(self.target.attempts)
-        return "closed: attempts missed" if missing <= 0 else f"open: {missing} more to attempt"
+        return "closed: attempts left it unmet" if missing <= 0 else f"open: {missing} more to attempt"
 
     def cells(self) -> list[str]:
         """Return the target's line of the table."""
@@ -93,7 +104,7 @@ class Gap:
 
 def find_gaps(records: Sequence[BenchRecord]) -> list[Gap]:
     """Return the targets that are measured and not met, each with the latest account of it."""
-    return [_account(target, value, records) for target, value, _ in judge(records)
+    return [_account(target, value, source, records) for target, value, source in judge(records)
             if value is not None and not target.is_met(value)]
 
 
@@ -102,7 +113,7 @@ def gaps_markdown(records: Sequence[BenchRecord]) -> str:
     gaps = find_gaps(records)
     head = ["what", "target", "measured", "ms", "needs", "at ceilings", "in parts", "attempts", "status"]
     closed = sum(gap.status.startswith("closed") for gap in gaps)
-    sections = [TEXT.format(accounted=ACCOUNTED, attempts=ATTEMPTS),
+    sections = [TEXT.format(low=ACCOUNTED[0], high=ACCOUNTED[1], attempts=ATTEMPTS),
                 f"{closed} of {len(gaps)} unmet targets are closed.",
                 format_table([head, *(gap.cells() for gap in gaps)])]
     calls = {(gap.record.id, gap.result.case): gap for gap in gaps
@@ -112,19 +123,22 @@ def gaps_markdown(records: Sequence[BenchRecord]) -> str:
         rows = [[line.name, *(f"{ms:.4g}" for ms in (line.ms, line.least_ms, line.dense_ms, line.dense_least_ms)),
                  f"{line.ms - line.dense_ms:.2f}"] for line in gap.lines]
         head = ["ms a call", own, "at ceilings", SYSTEMS["dense"], "at ceilings", "more"]
-        sections += [f"## {case.name}\n\n{record}, {gap.record.environment['hardware']}", format_table([head, *rows])]
+        sections += [f"## {case.name}\n\n{record}, {gap.record.environment['hardware']}, commit "
+                     f"{commit_name(gap.record.environment)}", format_table([head, *rows])]
     return "\n\n".join(sections) + "\n"
 
 
-def _account(target: Target, value: float, records: Sequence[BenchRecord]) -> Gap:
+def _account(target: Target, value: float, source: str, records: Sequence[BenchRecord]) -> Gap:
     record, result, dense = _taken_apart(target, records)
-    if result is None:
+    has_ms, dense_ms = _call_ms(result, target), _call_ms(dense, target)
+    if has_ms is None:
         return Gap(target=target, value=value)
     mine, other = _times(record, result, target), _times(record, dense, target)
     here = target.measured(record) or value
     ratio = here / target.at_least if target.at_most is None else target.at_most / here
-    has_ms, dense_ms = _call_ms(result, target), _call_ms(dense, target)
-    return Gap(target=target, value=value, record=record, result=result, has_ms=has_ms, needs_ms=has_ms * ratio,
+    order = [each.id for each in records]
+    return Gap(target=target, value=value, is_older=order.index(record.id) < order.index(source), record=record,
+               result=result, has_ms=has_ms, needs_ms=has_ms * ratio,
                dense_ms=dense_ms if target.against in OF_DENSE else None,
                lines=tuple(PartLine(name, *mine.get(name, NOTHING), *other.get(name, NOTHING))
                            for name in dict.fromkeys([*other, *mine])))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,15 @@ from diffmoe.bench.timing import describe_error, free_memory, time_visit
 from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, inference_weights, prepare_call
 from diffmoe.models.dit import Block, DiT
+from diffmoe.models.kernels import product_dtype
 from diffmoe.moe.layer import MoE
 from diffmoe.training.graph import EAGER_CALLS, Graphed
 from diffmoe.training.precision import autocast
 from diffmoe.training.trainer import Trainer
 
 VISIT_SECONDS = 0.3
+REPEATS = 8
+"""Times that a part is called as one at inference, where it may be shorter than what starts it."""
 WHOLE, WHOLE_CALL = "forward and backward", "network call"
 """The part that is not a part: what the network's parts add up to, in training and at inference."""
 Forward = Callable[[], Any]
@@ -71,6 +74,11 @@ class Source:
     def device(self) -> torch.device:
         """Return where it runs."""
         return self.inputs[0].device
+
+    @property
+    def repeats(self) -> int:
+        """Return how many times a part is called as one."""
+        return 1 if self.backward else REPEATS
 
 
 def time_parts(trainer: Trainer, only: str | None = None) -> list[dict[str, Any]]:
@@ -114,7 +122,8 @@ def _time(parts: list[Part], source: Source, only: str | None) -> list[dict[str,
         line: dict[str, Any] = {"name": part.name, "count": part.count, "flops": part.flops, "bytes": part.bytes}
         try:
             call, how = (part.call, "as in the whole") if part.call else _prepare(part, source)
-            line |= {"ms": statistics.median(time_visit(call, VISIT_SECONDS, source.device)), "how": how}
+            ms = statistics.median(time_visit(call, VISIT_SECONDS, source.device))
+            line |= {"ms": ms if part.call else ms / source.repeats, "how": how}
         except Exception as error:  # a part that cannot stand alone must not cost the others
             line["error"] = describe_error(error)
         found.append(line)
@@ -161,7 +170,7 @@ def network_parts(source: Source) -> list[Part]:
         parts.append(Part("dense feed-forward", len(dense), *costs, work=lambda: _alone(ffn, inputs["dense"])))
     if moe:
         layer, bound, experts = next(iter(moe.values())), source.row_bound, config.moe.num_experts
-        rows = int(config.moe.capacity * tokens) if backward else _pairs(layer, inputs["moe"], bound)
+        rows = int(config.moe.capacity * tokens) if backward else inputs["rows"]
         costs = feed_forward_costs(config.hidden_size, config.expert_size, rows, experts, backward)
         parts += [
             Part("routing", len(moe), *routing_costs(layer.router, config, batch, backward),
@@ -223,12 +232,15 @@ def modulation_costs(config: ModelConfig, batch: int, backward: bool = True) -> 
     tokens, width = batch * config.num_tokens, config.hidden_size
     flops = 12.0 * batch * width**2 + 2 * 12 * tokens * width
     # twice, residual and branch in (6), out again and modulated (6); backward residual and branch, gradients of
-    # residual and modulated in (12), of residual and branch out (6)
-    return (3 if backward else 1) * flops, 2 * (12 + (18 if backward else 0)) * tokens * width
+    # residual and modulated in (12), of residual and branch out (6); adaLN's weights as those of a feed-forward
+    moved, weights = 2 * 12 * tokens * width, 6 * width**2
+    if not backward:
+        return flops, moved + 2 * weights
+    return 3 * flops, moved + 2 * 18 * tokens * width + (2 + 2 + 4) * weights
 
 
 def _layer_inputs(source: Source) -> dict[str, Any]:
-    """Return what a forward hands to attention, feed-forward and mixture layers and to a block."""
+    """Return what a forward hands to attention, feed-forward and mixture layers and to a block, and experts' `rows`."""
     seen: dict[str, Any] = {}
 
     def keep(name: str) -> Callable:
@@ -245,10 +257,12 @@ def _layer_inputs(source: Source) -> dict[str, Any]:
         # eager, for compiled blocks of a kind share their code, and with it the hooks of one of them
         with (torch.compiler.set_stance("force_eager"), torch.no_grad(),
               autocast(source.config.training, source.device)):
-            model(*source.inputs, source.row_bound)
+            routings = model(*source.inputs, source.row_bound).routings
     finally:
         for hook in hooks:
             hook.remove()
+    if routings:  # of an average layer
+        seen["rows"] = sum(int(each.counts(source.config.model.moe.num_experts).sum()) for each in routings) // len(moe)
     return pytree.tree_map_only(Tensor, lambda value: value.detach().clone().requires_grad_(source.backward), seen)
 
 
@@ -262,14 +276,12 @@ def _without_inner(block: Block, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     return lambda: bare(*inputs)[0], [*_tensors(inputs), *bare.parameters()]
 
 
-def _pairs(layer: MoE, inputs: tuple, row_bound: float | None) -> int:
-    with torch.no_grad():
-        return int(layer.route(inputs[0], row_bound).counts(layer.experts.w1.shape[0]).sum())
-
-
 def _routing(layer: MoE, inputs: tuple, row_bound: float | None) -> tuple[Forward, list[Tensor]]:
-    # all of it, so that the compiler leaves nothing out
-    return lambda: vars(layer.route(inputs[0], row_bound)), [inputs[0], *layer.router.parameters()]
+    def forward() -> list[Any]:
+        routing = layer.route(inputs[0].to(product_dtype(inputs[0])), row_bound)
+        return [getattr(routing, each.name) for each in fields(routing)]  # else the compiler leaves out what nobody has
+
+    return forward, [inputs[0], *layer.router.parameters()]
 
 
 def _experts(layer: MoE, inputs: tuple, row_bound: float | None) -> tuple[Forward, list[Tensor]]:
@@ -281,21 +293,22 @@ def _experts(layer: MoE, inputs: tuple, row_bound: float | None) -> tuple[Forwar
 
 
 def _prepare(part: Part, source: Source) -> tuple[Callable[[], Any], str]:
-    """Return a call that goes through a part, forward and as the source says backward, and how it runs."""
+    """Return a call that goes through a part, forward and as the source says backward or again, and how it runs."""
     forward, leaves = part.work()
     runtime = source.config.runtime
     compiled = torch.compile(forward) if runtime.compile else forward
-    gradients: list[Tensor] = []
+    with torch.set_grad_enabled(source.backward), autocast(source.config.training, source.device):
+        gradients = [torch.randn_like(output) for output in _differentiable(compiled())]
+        if len(_tensors(compiled())) < len(_tensors(forward())) or bool(gradients) != source.backward:
+            raise RuntimeError(f"{part.name}: what was compiled is not all of it")
 
     def call() -> None:
         with torch.set_grad_enabled(source.backward), autocast(source.config.training, source.device):
-            outputs = _differentiable(compiled())
+            for _ in range(source.repeats):
+                outputs = _differentiable(compiled())
         if gradients:
             torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)  # never touches a trainer's `.grad`
 
-    if source.backward:
-        with autocast(source.config.training, source.device):
-            gradients = [torch.randn_like(output) for output in _differentiable(compiled())]
     if not runtime.compile:
         return call, "eager"
     if source.device.type != "cuda":

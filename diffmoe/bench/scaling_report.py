@@ -197,8 +197,9 @@ def markdown(records: Sequence[ScalingRecord]) -> str:
     sections = ["# Scaling over the GPUs of one machine\n\nMade from the records beside it by `python -m "
                 "diffmoe.bench.scaling_report`. Efficiency: images/s of a GPU over those of one GPU alone, whose step "
                 f"has no word for others to wait for; weak scaling is to reach {goal}. Apart: each GPU trains a model "
-                "of its own, so that what is lost is not lost to communication; images/s are compared with those, too. "
-                "Milliseconds: medians with quartiles, of the slowest process. MFU: of each GPU."]
+                "of its own, so that what is lost is not lost to communication; images/s are compared with those, too, "
+                "for cards differ by some percent, and the one that is timed alone may be a slow one. Milliseconds: "
+                "medians with quartiles, of the slowest process. MFU: of each GPU."]
     for record in records:
         found, settings = record.environment, record.settings
         sections.append(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from diffmoe.config import ConfigError, RunConfig
+from diffmoe.training.distributed import LONG_S
 from diffmoe.training.run import CONFIG_FILE, Interrupted, write_config
 from diffmoe.training.signals import Signals
 
@@ -23,9 +24,13 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def variables() -> dict[str, str]:
-    """Return the variables of a process that may meet others on this machine, whose own name need not resolve."""
+    """Return the variables of a process that may meet others on this machine, whose own name need not resolve.
+
+    Told to stop, torchrun waits as long as a state may take to write (from torch 2.12 on; 30 s before).
+    """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    return {"GLOO_SOCKET_IFNAME": loopback} | dict(os.environ) if loopback else dict(os.environ)
+    return ({"GLOO_SOCKET_IFNAME": loopback} if loopback else {}) | {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(LONG_S))} | dict(os.environ)
 
 
 def run_module(log: Path, *arguments: object, processes: int = 1, timeout_s: float | None = None) -> int:

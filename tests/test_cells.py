@@ -33,10 +33,12 @@ from diffmoe.config import ConfigError, PoolScope, digest
 from diffmoe.data import load_data
 from diffmoe.evaluation.metrics import measure
 from diffmoe.evaluation.sampling import Samples
+from diffmoe.launch import variables
 from diffmoe.models.counting import count_parameters
 from diffmoe.records import read_records, write_record
 from diffmoe.train import CONFIGS
 from diffmoe.training.checkpoint import load_weights
+from diffmoe.training.distributed import LONG_S
 from diffmoe.training.run import Interrupted
 
 ROWS = CONFIGS.parents[1] / "baselines" / "table1.yaml"
@@ -285,6 +287,13 @@ def test_a_cell_takes_one_turn_and_gives_it_up_to_be_measured(rows, data, measur
         assert all(point["distance"] == point["capacity"] for point in record.threshold_sweep) and len(taken) == turns
         assert all(point["FD-other"] == 1 for point in record.threshold_sweep)
         assert record.diagnosis == measured[1]["ec-dynamic"].diagnosis
+
+
+def test_processes_that_are_told_to_stop_may_take_as_long_as_a_state_is_written(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert int(variables()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= LONG_S
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
+    assert variables()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "7"
 
 
 def test_a_cell_trained_by_two_processes_is_that_of_one_and_is_measured_here(rows, data, tmp_path):

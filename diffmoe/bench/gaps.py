@@ -172,7 +172,6 @@ def _times(record: BenchRecord, result: Result | None, target: Target) -> dict[s
     found = {}
     for part in result.parts if result else ():
         if "ms" in part and part["name"] not in left_out:
-            least = 1e3 * max(part["flops"] / record.ceilings["matmul_flops"],
-                              part["bytes"] / record.ceilings["copy_bytes"])
-            found[part["name"]] = part["count"] * part["ms"], part["count"] * min(least, part["ms"])
+            found[part["name"]] = (part["count"] * part["ms"],
+                                   part["count"] * min(part["ms"], record.least_ms(part)))
     return found

@@ -96,6 +96,10 @@ class BenchRecord:
         """Return a result's activated operations over the peak."""
         return None if self.peak_flops is None else result.flops / self.peak_flops
 
+    def least_ms(self, part: dict[str, Any]) -> float:
+        """Return the milliseconds of one time of a part at the ceiling that bounds it."""
+        return 1e3 * max(part["flops"] / self.ceilings["matmul_flops"], part["bytes"] / self.ceilings["copy_bytes"])
+
     def find(self, **wanted: Any) -> list[Result]:
         """Return the timed results whose case has these fields; a call that was stopped has one that is not."""
         return [result for result in self.results if result.status == OK and result.samples_ms and

@@ -149,10 +149,8 @@ def parts_table(record: BenchRecord, result: Result) -> str:
         total = part["count"] * part["ms"]
         costs = ("", "", "")
         if part["flops"]:
-            floor_ms = 1e3 * max(part["flops"] / record.ceilings["matmul_flops"],
-                                 part["bytes"] / record.ceilings["copy_bytes"])
             costs = (f"{part['flops'] / part['ms'] / 1e9:.3g}", f"{part['bytes'] / part['ms'] / 1e9:.3g}",
-                     f"{floor_ms / part['ms']:.0%}")
+                     f"{record.least_ms(part) / part['ms']:.0%}")
         lines.append((part["name"], str(part["count"]), f"{total:.3g}", f"{total / step_ms:.0%}", *costs, part["how"]))
     return _markdown(("part", "times", "ms together", "share", "TFLOP/s", "TB/s", "of its ceiling", "ran"), lines)
 

@@ -262,7 +262,7 @@ def test_the_compiler_leaves_nothing_of_a_part_out(kind: type, monkeypatch: pyte
 
     def time_routing() -> dict[str, object]:
         (line,) = (time_parts(subject.trainer, only="routing") if kind is Training else
-                   time_call_parts(subject, 2, only="routing"))
+                   time_call_parts(subject.model, subject.config, 2, subject.calls, only="routing"))
         return line
 
     assert time_routing()["how"] == "compiled"
@@ -286,7 +286,7 @@ def test_a_call_at_inference_is_taken_apart(kind: type, calls: int, monkeypatch:
     subject = kind(case("diffmoe"), config, Shared(CPU))
     for layer in subject.model.moe_layers().values():
         layer.router.threshold.copy_(torch.tensor([-1.0, 2.0, 2.0, 2.0]))  # the first expert takes every token
-    lines = {line["name"]: line for line in time_call_parts(subject, 2)}
+    lines = {line["name"]: line for line in time_call_parts(subject.model, config, 2, subject.calls)}
     assert not [line for line in lines.values() if "error" in line] and all(line["ms"] > 0 for line in lines.values())
     assert {name: line["count"] for name, line in lines.items()} == {name: calls * count for name, count in {
         "attention": 4, "norms, modulation, residual": 4, "dense feed-forward": 2, "routing": 2, "expert products": 2,
@@ -481,11 +481,10 @@ def test_forward_and_backward_that_failed_alone_are_no_account(monkeypatch: pyte
     monkeypatch.setattr("diffmoe.bench.targets.read_targets", lambda: [target])
     kind = {"workload": "latent", "size": "L-E16", "batch": 128}
     part = {"name": "attention", "count": 4, "ms": 1.25, "flops": 0.9e9, "bytes": 1e3, "how": "eager"}
-    whole = {"name": "forward and backward", "count": 1, "flops": 0.0, "bytes": 0.0, "ms": 9.0}
+    failed = {"name": "forward and backward", "count": 1, "flops": 0.0, "bytes": 0.0, "error": "out of memory"}
     first, second = (empty_record(id=name, results=[
-        result(10.0, [part, mine], **kind), result(8.0, [part, whole | {"ms": 7.0}], system="dense", **kind)])
-        for name, mine in (("bench-a", whole), ("bench-b", {"error": "out of memory"} | {
-            key: value for key, value in whole.items() if key != "ms"})))
+        result(10.0, [part, mine], **kind), result(8.0, [part, failed | {"ms": 7.0}], system="dense", **kind)])
+        for name, mine in (("bench-a", failed | {"ms": 9.0}), ("bench-b", failed)))
     assert find_gaps([first, second])[0].status == "open: not taken apart"
 
 

@@ -20,8 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from diffmoe.bench import subjects
-from diffmoe.bench.subjects import WARM_UP, Sampling, network_inputs
+from diffmoe.bench.subjects import WARM_UP, network_inputs
 from diffmoe.bench.timing import describe_error, free_memory, time_visit
 from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, inference_weights, prepare_call
@@ -93,20 +92,22 @@ def time_parts(trainer: Trainer, only: str | None = None) -> list[dict[str, Any]
     return _time(list_parts(trainer), _source(trainer), only)
 
 
-def time_call_parts(subject: subjects.Forward | Sampling, batch: int, only: str | None = None) -> list[dict[str, Any]]:
-    """Return the parts of a call at inference, as `time_parts` does; of sampling, of all its calls of the network.
+def time_call_parts(model: DiT, config: RunConfig, batch: int, calls: int,
+                    only: str | None = None) -> list[dict[str, Any]]:
+    """Return the parts of some calls of a network at inference together, as `time_parts` does.
 
     Args:
-        subject: whose network is called.
-        batch: images of a call of the network.
+        model: in eval mode.
+        config: its run.
+        batch: images of a call.
+        calls: how many times `count` is about.
         only: the name of a single part to time.
     """
-    config, compiled = subject.config, bool(subject.config.runtime.compile)
-    inputs = network_inputs(config.model, batch, subject.model.positions.device)
-    network = prepare_call(subject.model, config, FIRST_ROW_BOUND, compiled=compiled)
-    source = Source(inference_weights(subject.model, config, compiled=compiled), config, inputs, backward=False,
+    compiled = bool(config.runtime.compile)
+    inputs = network_inputs(config.model, batch, model.positions.device)
+    network = prepare_call(model, config, FIRST_ROW_BOUND, compiled=compiled)
+    source = Source(inference_weights(model, config, compiled=compiled), config, inputs, backward=False,
                     row_bound=FIRST_ROW_BOUND)
-    calls = subject.num_images // batch * config.sampling.num_steps if isinstance(subject, Sampling) else 1
     with torch.no_grad():
         for _ in range(WARM_UP["forward"]):
             network(*inputs)
@@ -298,9 +299,11 @@ def _prepare(part: Part, source: Source) -> tuple[Callable[[], Any], str]:
     runtime = source.config.runtime
     compiled = torch.compile(forward) if runtime.compile else forward
     with torch.set_grad_enabled(source.backward), autocast(source.config.training, source.device):
-        gradients = [torch.randn_like(output) for output in _differentiable(compiled())]
-        if len(_tensors(compiled())) < len(_tensors(forward())) or bool(gradients) != source.backward:
-            raise RuntimeError(f"{part.name}: what was compiled is not all of it")
+        whole, outputs = len(_tensors(forward())), compiled()
+    gradients = [torch.randn_like(output) for output in _differentiable(outputs)]
+    if len(_tensors(outputs)) < whole or bool(gradients) != source.backward:
+        raise RuntimeError(f"{part.name}: what was compiled is not all of it")
+    del outputs  # and what was kept for its backward
 
     def call() -> None:
         with torch.set_grad_enabled(source.backward), autocast(source.config.training, source.device):

@@ -180,7 +180,8 @@ class Runner:
             if isinstance(subject, Training):
                 result.parts = time_parts(subject.trainer, only=WHOLE if whole else None)
             elif isinstance(subject, Sampling | Forward):
-                result.parts = time_call_parts(subject, result.case.batch, only=WHOLE_CALL if whole else None)
+                result.parts = time_call_parts(subject.model, subject.config, result.case.batch, subject.calls,
+                                               only=WHOLE_CALL if whole else None)
             self.options.save()
 
     def _largest(self, case: Case) -> Case | None:

@@ -120,6 +120,11 @@ class Sampling:
         """Return nothing special."""
         return contextlib.nullcontext()
 
+    @property
+    def calls(self) -> int:
+        """Return how often the network is called, by as many batches as it takes."""
+        return self.num_images // self.config.sampling.batch_size * self.config.sampling.num_steps
+
     def facts(self) -> dict[str, Any]:
         """Count the calls of the network at the capacity that the last images had."""
         calls = self.config.sampling.num_steps
@@ -128,6 +133,8 @@ class Sampling:
 
 class Forward:
     """One call of the network in eval mode, as `sample_images` makes it."""
+
+    calls = 1
 
     def __init__(self, case: Case, config: RunConfig, shared: Shared) -> None:
         self.config = config

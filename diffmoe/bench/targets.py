@@ -32,7 +32,7 @@ class Target:
     cache: str | None = None
     at_least: float | None = None
     at_most: float | None = None
-    attempts: tuple[str, ...] = ()
+    attempts: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -81,8 +81,7 @@ class Target:
 
 def read_targets() -> list[Target]:
     """Return the targets."""
-    lines = yaml.safe_load((Path(__file__).parent / "targets.yaml").read_text())
-    return [Target(**line | {"attempts": tuple(line.get("attempts", ()))}) for line in lines]
+    return [Target(**line) for line in yaml.safe_load((Path(__file__).parent / "targets.yaml").read_text())]
 
 
 def judge(records: Sequence[BenchRecord]) -> list[tuple[Target, float | None, str]]:

@@ -176,13 +176,20 @@ class Runner:
                     self.options.say(f"{result.case.name}: no profile: {describe_error(error)}")
             if not self.options.parts:
                 continue
-            whole = self.options.parts == "whole"
-            if isinstance(subject, Training):
-                result.parts = time_parts(subject.trainer, only=WHOLE if whole else None)
-            elif isinstance(subject, Sampling | Forward):
-                result.parts = time_call_parts(subject.model, subject.config, result.case.batch, subject.calls,
-                                               only=WHOLE_CALL if whole else None)
+            try:
+                result.parts = self._take_apart(result, subject)
+            except Exception as error:  # what was timed stays, and the others are taken apart
+                self.options.say(f"{result.case.name}: not taken apart: {describe_error(error)}")
             self.options.save()
+
+    def _take_apart(self, result: Result, subject: Subject) -> list[dict[str, Any]]:
+        whole = self.options.parts == "whole"
+        if isinstance(subject, Training):
+            return time_parts(subject.trainer, only=WHOLE if whole else None)
+        if isinstance(subject, Sampling | Forward):
+            return time_call_parts(subject.model, subject.config, result.case.batch, subject.calls,
+                                   only=WHOLE_CALL if whole else None)
+        return []
 
     def _largest(self, case: Case) -> Case | None:
         """Return a case at the largest batch that its memory makes likely, the workload's own doubled or halved.

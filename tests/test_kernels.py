@@ -188,7 +188,7 @@ def test_gates_are_products_in_float32(shape):
 @on_device
 @pytest.mark.parametrize("shape", [(70, 48, 16), (200, 130, 4), (5000, 64, 5), (40, 520, 3)], ids=str)
 def test_the_predictor_in_one_is_its_layers_in_float32(shape):
-    from diffmoe.moe.router_kernels import predict
+    from diffmoe.moe.router_kernels import predict, predict_only
 
     rows, width, columns = shape
     tokens = rand(rows, width).to(DEVICE, PRODUCTS)
@@ -199,6 +199,7 @@ def test_the_predictor_in_one_is_its_layers_in_float32(shape):
     wanted = F.linear(F.silu(F.linear(tokens.double().cpu(), *exact[:2])), *exact[2:])
     wanted_grads = torch.autograd.grad(wanted, exact, grad.double().cpu())
     assert_near([y, *torch.autograd.grad(y, leaves, grad)], [wanted, *wanted_grads], 1e-5)
+    assert_near([predict_only(tokens, *leaves)], [wanted], 1e-5)
 
 
 @on_device

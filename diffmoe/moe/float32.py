@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffmoe.models.kernels import HAS_TRITON, kernels_apply
 
 if HAS_TRITON:
-    from diffmoe.moe.router_kernels import gate, predict
+    from diffmoe.moe.router_kernels import MANY_ROWS, gate, predict, predict_only
 
 
 class Float32Linear(nn.Linear):
@@ -42,7 +42,10 @@ class CapacityPredictor(nn.Sequential):
         x_SD = x_SD.detach()
         if kernels_apply(x_SD):
             first, _, second = self
-            return predict(x_SD, first.weight, first.bias, second.weight, second.bias)[0]
+            weights = first.weight, first.bias, second.weight, second.bias
+            if not torch.is_grad_enabled() and len(x_SD) >= MANY_ROWS:
+                return predict_only(x_SD, *weights)
+            return predict(x_SD, *weights)[0]
         return super().forward(at_least_float32(x_SD))
 
 

@@ -9,6 +9,9 @@ them: 6e-7; TF32: 2e-4).
     gate       y = x w^T                            d_x = d_y w,  d_w = d_y^T x
     predict    y = silu(a) v^T + c,  a = x w^T + b  d_a = (d_y v) silu'(a),  d_w = d_a^T x;  x gets no gradient
 
+Without gradients nobody needs `a` again: `predict_only` keeps it on the chip, and the second layer, whose float32
+operands are two bf16 numbers each as well, follows in the same program. That takes rows enough for all multiprocessors.
+
 Shapes: S tokens, D width, H hidden width, E experts.
 """
 
@@ -26,7 +29,13 @@ TERMS = 2
 """bf16 numbers that stand for a float32 one, 8 bits each; a power of 2."""
 ROWS_GATE, DEPTH_GATE, MOST_EXPERTS_GATE = 128, 64, 64
 ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD = 64, 128
-ROWS_FORWARD, COLS_FORWARD = 64, 32
+HEAD, HEAD_OF_FEW = (64, 32), (16, 128)
+HIDDEN_OF_FEW = 64, 32, 64, 4, 4
+PREDICT_ONLY = 128, 128, 64, 8, 3
+"""Rows and columns; rows, columns, depth, warps and stages of a tile of the hidden layer."""
+FEW_ROWS, MANY_ROWS = 1024, 16_384
+"""Up to these, tiles are smaller, for more programs than one in 16 multiprocessors; from those on, a program of all
+columns for some rows is enough work for every multiprocessor."""
 ROWS_BACKWARD, COLS_BACKWARD = 16, 64
 PARTS = 128
 """Programs that share the tokens of a column's sums backward."""
@@ -110,15 +119,28 @@ def predict(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) 
     """
     x_SD, (rows, width), (experts, hidden) = x_SD.contiguous(), x_SD.shape, v_EH.shape
     a_SH = x_SD.new_empty(rows, hidden, dtype=torch.float32)
-    tile_rows, tile_cols, depth, warps, stages = product_tile(width)
+    few = rows <= FEW_ROWS
+    tile_rows, tile_cols, depth, warps, stages = HIDDEN_OF_FEW if few else product_tile(width)
+    head_rows, head_cols = HEAD_OF_FEW if few else HEAD
     wrap_triton(_hidden_forward)[triton.cdiv(rows, tile_rows) * triton.cdiv(hidden, tile_cols),](
         x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols, depth,
         num_warps=warps, num_stages=stages)
     y_SE = a_SH.new_empty(rows, experts)
-    wrap_triton(_head_forward)[triton.cdiv(rows, ROWS_FORWARD),](
-        a_SH, v_EH.contiguous(), c_E.contiguous(), y_SE, rows, hidden, experts, _padded(experts),
-        ROWS_FORWARD, COLS_FORWARD)
+    wrap_triton(_head_forward)[triton.cdiv(rows, head_rows),](
+        a_SH, v_EH.contiguous(), c_E.contiguous(), y_SE, rows, hidden, experts, _padded(experts), head_rows, head_cols)
     return y_SE, a_SH
+
+
+@triton_op("diffmoe::predict_only", mutates_args={})
+def predict_only(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) -> Tensor:
+    """Return the logits of `predict` for `MANY_ROWS` or more, without what its backward needs."""
+    x_SD, (rows, width), (experts, hidden) = x_SD.contiguous(), x_SD.shape, v_EH.shape
+    y_SE = x_SD.new_empty(rows, experts, dtype=torch.float32)
+    tile_rows, tile_cols, depth, warps, stages = PREDICT_ONLY
+    wrap_triton(_predict_only)[triton.cdiv(rows, tile_rows),](
+        x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), terms(v_EH, x_SD.dtype), c_E.contiguous(), y_SE, rows, hidden,
+        experts, width, TERMS, _padded(experts), tile_rows, tile_cols, depth, num_warps=warps, num_stages=stages)
+    return y_SE
 
 
 @triton_op("diffmoe::predict_backward", mutates_args={})
@@ -180,11 +202,9 @@ def _gate_backward(d_y, w, d_x, S, D, E: tl.constexpr, EXPERTS: tl.constexpr, RO
 
 
 @triton.jit
-def _hidden_forward(x, w, b, a, S, H, D: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                    DEPTH: tl.constexpr):
-    tiles = tl.cdiv(H, COLS)  # tiles of the same rows are neighbours, so that these are read once
-    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
+def _hidden(x, w, b, rows, cols, S, H, D: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+            DEPTH: tl.constexpr):
+    """Return a tile of x w^T + b; 0 in columns behind the last."""
     total = tl.zeros((ROWS, COLS), tl.float32)
     # One product a turn, and turns counted when it is compiled: else the units wait for one another.
     for step in range(TERMS * tl.cdiv(D, DEPTH)):
@@ -192,8 +212,37 @@ def _hidden_forward(x, w, b, a, S, H, D: tl.constexpr, TERMS: tl.constexpr, ROWS
         tokens = tl.load(x + rows[:, None] * D + d, mask=(rows < S)[:, None] & (d < D), other=0)
         term = tl.load(w + step % TERMS * H * D + cols * D + d[:, None], mask=(cols < H) & (d < D)[:, None], other=0)
         total = tl.dot(tokens, term, total)
-    total += tl.load(b + cols, mask=cols < H, other=0)
+    return total + tl.load(b + cols, mask=cols < H, other=0)
+
+
+@triton.jit
+def _hidden_forward(x, w, b, a, S, H, D: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                    DEPTH: tl.constexpr):
+    tiles = tl.cdiv(H, COLS)  # tiles of the same rows are neighbours, so that these are read once
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
+    total = _hidden(x, w, b, rows, cols, S, H, D, TERMS, ROWS, COLS, DEPTH)
     tl.store(a + rows[:, None] * H + cols, total, mask=(rows < S)[:, None] & (cols < H))
+
+
+@triton.jit
+def _predict_only(x, w, b, v, c, y, S, H, E, D: tl.constexpr, TERMS: tl.constexpr, EXPERTS: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    rows, experts = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
+    total = tl.zeros((ROWS, EXPERTS), tl.float32)
+    for first in range(0, H, COLS):
+        cols = first + tl.arange(0, COLS)
+        u = _hidden(x, w, b, rows, cols, S, H, D, TERMS, ROWS, COLS, DEPTH)
+        u *= tl.sigmoid(u)
+        for _ in tl.static_range(TERMS):
+            part = u.to(x.dtype.element_ty)
+            u -= part.to(tl.float32)
+            for term in tl.static_range(TERMS):
+                place = v + term * E * H + experts * H + cols[:, None]
+                weight = tl.load(place, mask=(experts < E) & (cols < H)[:, None], other=0)
+                total = tl.dot(part, weight, total)
+    total += tl.load(c + experts, mask=experts < E, other=0)
+    tl.store(y + rows[:, None] * E + experts, total, mask=(rows < S)[:, None] & (experts < E))
 
 
 @triton.jit

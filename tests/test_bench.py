@@ -252,6 +252,18 @@ def test_a_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line["ms"] > 0 for line in lines.values())
 
 
+def test_what_cannot_be_taken_apart_costs_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such part")
+
+    monkeypatch.setattr(runner, "time_parts", fail)
+    said: list[str] = []
+    record = fake_run([case("dense"), case("diffmoe")], lambda each, config: Training(each, config, Shared(CPU)),
+                      parts="all", say=said.append)
+    assert all(result.status == "ok" and result.samples_ms and not result.parts for result in record.results)
+    assert [line.endswith("not taken apart: ValueError: no such part") for line in said].count(True) == 2
+
+
 @pytest.mark.parametrize("kind", [Training, Forward])
 def test_the_compiler_leaves_nothing_of_a_part_out(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "VISIT_SECONDS", 0.001)

@@ -157,8 +157,8 @@ def test_an_overflow_repeats_the_batch_and_changes_nothing(noisy_model, monkeypa
     bounds = []
     prepare_call = sampling.prepare_call
     monkeypatch.setattr(sampling, "FIRST_ROW_BOUND", 0.25)
-    monkeypatch.setattr(sampling, "prepare_call", lambda model, config, bound, *, compiled: bounds.append(bound)
-                        or prepare_call(model, config, bound, compiled=compiled))
+    monkeypatch.setattr(sampling, "prepare_call", lambda model, config, bound, **more: bounds.append(bound)
+                        or prepare_call(model, config, bound, **more))
     repeated = sample_images(noisy_model, config, range(4))
     assert bounds[:2] == [0.25, 0.5]
     assert torch.equal(exact.images, repeated.images)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,20 @@ from diffmoe.training.precision import autocast, dtype_of_products, tf32
 FIRST_ROW_BOUND = 2.0
 """Rows, in units of S, laid out for a dynamic router before an overflow asks for more."""
 
-NetworkCall = Callable[[Tensor, Tensor, Tensor], ModelOutput]
+NetworkCall = Callable[[Tensor, Tensor, Tensor], Any]
 """Of noised images, times and labels."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the routings of a network call activated, on the device."""
+
+    pairs_BT: Tensor
+    """int64: pairs of each token, over layers."""
+    pairs_LE: Tensor
+    """int64: pairs of each expert."""
+    overflow: Tensor
+    """bool scalar: a layer had more pairs than rows."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,6 @@ class CapacityMeter:
 
     def __init__(self, model: DiT, num_images: int) -> None:
         device, tokens = model.positions.device, model.config.num_tokens
-        self.model = model
         self.capacity: list[Tensor] = []
         self.expert_load: list[Tensor] = []
         self.position_load: list[Tensor] = []
@@ -63,24 +75,20 @@ class CapacityMeter:
         self.num_summed = 0
         self.overflow = torch.zeros((), dtype=torch.bool, device=device)
 
-    def add(self, routings: list[Routing], num_rows: int) -> None:
-        """Record the routings of one call on `num_rows` images: the batch's, twice where guided halves share a call."""
-        if not routings:
+    def add(self, tally: Tally | None) -> None:
+        """Record what one call activated for the batch's images, or for them twice where guided halves share a call."""
+        if tally is None:
             return
         images, tokens = self.pairs_BT.shape
-        experts = self.model.config.moe.num_experts
-        pairs = torch.stack([routing.pairs_per_token(num_rows * tokens, experts) for routing in routings])
-        pairs_BT = pairs.view(-1, images, tokens).sum(0)  # over layers and guided halves
-        repeats = pairs.numel() // pairs_BT.numel()
+        num_rows = len(tally.pairs_BT)
+        pairs_BT = tally.pairs_BT.view(-1, images, tokens).sum(0)  # over guided halves
+        repeats = len(tally.pairs_LE) * num_rows // images
         self.pairs_BT += pairs_BT
         self.num_summed += repeats
         self.capacity.append(pairs_BT.sum(1) / (repeats * tokens))
         self.position_load.append(pairs_BT.sum(0) / (repeats * images))
-        counts = [routing.counts(experts) for routing in routings]
-        self.expert_load.append(torch.stack(counts) / (num_rows * tokens))
-        for routing in routings:
-            if routing.overflow is not None:
-                self.overflow |= routing.overflow
+        self.expert_load.append(tally.pairs_LE / (num_rows * tokens))
+        self.overflow |= tally.overflow
 
     def token_load(self) -> Tensor:
         """Return the pairs of each token, float32 (B, T), mean over calls and layers."""
@@ -124,17 +132,17 @@ def sample_batches(model: DiT, config: RunConfig, batches: Sequence[Sequence[int
     adaptive = config.sampling.sampler is Sampler.DOPRI5
     row_bound = FIRST_ROW_BOUND
     compiled = _compiles(config, model.positions.device, sum(map(len, batches)))
-    network = prepare_call(model, config, row_bound, compiled=compiled)
+    network = _tallied_call(model, config, row_bound, compiled=compiled)
     next_noise = StartNoise(config, batches[0])
     for seeds, following in zip(batches, [*batches[1:], ()], strict=True):
         labels, noise = torch.tensor(seeds) % config.model.num_classes, next_noise
         if compiled and len(seeds) < config.sampling.batch_size:  # a smaller last batch is not worth compiling
-            compiled, network = False, prepare_call(model, config, row_bound, compiled=False)
+            compiled, network = False, _tallied_call(model, config, row_bound, compiled=False)
         images, meter = _sample_batch(model, network, config, noise, labels)
         next_noise = StartNoise(config, following)  # while the device works
         while meter.overflow:  # the one wait of a batch; pairs are never dropped
             row_bound *= 2
-            network = prepare_call(model, config, row_bound, compiled=compiled)
+            network = _tallied_call(model, config, row_bound, compiled=compiled)
             images, meter = _sample_batch(model, network, config, StartNoise(config, seeds), labels)
         by_call = (_by_call(meter.capacity, adaptive), _by_call(meter.expert_load, adaptive),
                    _by_call(meter.position_load, adaptive), meter.token_load().cpu()) if meter.capacity else [None] * 4
@@ -155,7 +163,7 @@ def compile_ahead(config: RunConfig, device: torch.device, doublings: int = 0) -
         model.set_backend(config.runtime.backend)
         noise = StartNoise(config, range(size)).images.to(device)
         for exponent in range(doublings + 1):
-            call = prepare_call(model, config, FIRST_ROW_BOUND * 2**exponent, compiled=True)
+            call = _tallied_call(model, config, FIRST_ROW_BOUND * 2**exponent, compiled=True)
             call(noise, noise.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
 
 
@@ -189,23 +197,50 @@ def _by_call(values: list[Tensor], adaptive: bool) -> Tensor:
     return stacked.mean(0, keepdim=True) if adaptive else stacked
 
 
-def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, compiled: bool) -> NetworkCall:
+def prepare_call(model: DiT, config: RunConfig, row_bound: float | None, *, compiled: bool,
+                 then: Callable[[ModelOutput], Any] = lambda output: output) -> NetworkCall:
     """Return a call of the network under the run's precision; compiled, a GPU replays it as one CUDA graph.
 
     The graph is for inputs of one shape, and its outputs last until the next call.
+
+    Args:
+        then: what becomes of the network's output, in the same graph.
     """
     device = model.positions.device
 
-    def call(x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Any:
         eager = contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager")
         with eager, autocast(config.training, device), tf32(config.training.tf32):
-            return model(x, t, y, row_bound)
+            return then(model(x, t, y, row_bound))
 
     model = inference_weights(model, config, compiled=compiled)
     if compiled:
         compile_blocks(model.blocks)
     graphed = compiled and device.type == "cuda" and not model.waits_for_device(dtype_of_products(config.training))
     return Graphed(call) if graphed else call
+
+
+def _tallied_call(model: DiT, config: RunConfig, row_bound: float | None, *, compiled: bool) -> NetworkCall:
+    """Return a call that gives its prediction and, of a mixture, the tally of its routings in place of every pair."""
+    activated = torch.compile(_activated, dynamic=False) if compiled else _activated
+    tokens = config.model.num_tokens
+
+    def tallied(output: ModelOutput) -> tuple[Tensor, Tally | None]:
+        if not output.routings:
+            return output.prediction, None
+        num_tokens, num_experts = len(output.prediction) * tokens, config.model.moe.num_experts
+        pairs_S, *others = activated(output.routings, num_tokens, num_experts)
+        return output.prediction, Tally(pairs_S.view(-1, tokens), *others)
+
+    return prepare_call(model, config, row_bound, compiled=compiled, then=tallied)
+
+
+def _activated(routings: list[Routing], num_tokens: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs_LS = torch.stack([routing.pairs_per_token(num_tokens, num_experts) for routing in routings])
+    pairs_LE = torch.stack([routing.counts(num_experts) for routing in routings])
+    overflows = [routing.overflow for routing in routings if routing.overflow is not None]
+    overflow = torch.stack(overflows).any() if overflows else pairs_LE.new_zeros((), dtype=torch.bool)
+    return pairs_LS.sum(0), pairs_LE, overflow
 
 
 def inference_weights(model: DiT, config: RunConfig, *, compiled: bool) -> DiT:
@@ -219,9 +254,9 @@ def _sample_batch(model: DiT, network: NetworkCall, config: RunConfig, noise: St
     meter = CapacityMeter(model, len(labels))
 
     def predict_labels(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        output = network(x, t, y)
-        meter.add(output.routings, len(x))
-        return output.prediction.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites it
+        prediction, tally = network(x, t, y)
+        meter.add(tally)
+        return prediction.to(torch.float32, copy=True)  # the next replay of a CUDA graph overwrites it
 
     predict = guided(predict_labels, labels.to(device), config.model.null_label, config.sampling)
     images = build_process(config.diffusion).sample(

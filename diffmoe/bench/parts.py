@@ -26,6 +26,7 @@ from diffmoe.config import ModelConfig, RunConfig
 from diffmoe.evaluation.sampling import FIRST_ROW_BOUND, inference_weights, prepare_call
 from diffmoe.models.dit import Block, DiT
 from diffmoe.models.kernels import product_dtype
+from diffmoe.models.layers import NUM_FREQUENCIES
 from diffmoe.moe.layer import MoE
 from diffmoe.training.graph import EAGER_CALLS, Graphed
 from diffmoe.training.precision import autocast
@@ -55,6 +56,8 @@ class Part:
     """Makes the forward and lists the inputs and weights whose gradients the backward computes."""
     call: Callable[[], Any] | None = None
     """For what has no backward: the work itself."""
+    is_compiled: bool = True
+    """Whether the compiler has it where it has the blocks."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def network_parts(source: Source) -> list[Part]:
     dense = [index for index in range(config.depth) if index not in moe]
     block = source.network.blocks[-1]  # the first has no residual yet
     parts = [
+        Part("embeddings, final layer", 1, *ends_costs(config, batch, backward), is_compiled=False,
+             work=lambda: _ends(source, inputs["final"])),
         Part("attention", config.depth, *attention_costs(config, batch, backward),
              work=lambda: _alone(block.attn, inputs["attention"])),
         Part("norms, modulation, residual", config.depth, *modulation_costs(config, batch, backward),
@@ -228,6 +233,16 @@ def routing_costs(router: nn.Module, config: ModelConfig, batch: int, backward: 
     return passes * 2.0 * tokens * matrices, passes * tokens * (2 * width + 4 * wide)
 
 
+def ends_costs(config: ModelConfig, batch: int, backward: bool = True) -> tuple[float, float]:
+    """Return (operations, bytes) of what is before and behind the blocks, forward and, if asked for, backward."""
+    tokens, width, area = batch * config.num_tokens, config.hidden_size, config.patch_size**2
+    values = area * (config.in_channels + config.out_channels)
+    matrices = width * (2 * NUM_FREQUENCIES + 3 * width)  # of times, and the modulation of the last norm
+    # tokens out, residual and branch in, their norm out and in again; images and patches in float32
+    passes = 3 if backward else 1
+    return passes * 2.0 * (tokens * width * values + batch * matrices), passes * tokens * (14 * width + 4 * values)
+
+
 def modulation_costs(config: ModelConfig, batch: int, backward: bool = True) -> tuple[float, float]:
     """Return (operations, bytes) of a block without attention and feed-forward: adaLN, two norms, two residuals."""
     tokens, width = batch * config.num_tokens, config.hidden_size
@@ -249,7 +264,8 @@ def _layer_inputs(source: Source) -> dict[str, Any]:
 
     model = source.network
     moe = model.moe_layers()
-    watched: dict[str, nn.Module] = {"attention": model.blocks[-1].attn, "block": model.blocks[-1]}
+    watched: dict[str, nn.Module] = {"attention": model.blocks[-1].attn, "block": model.blocks[-1],
+                                     "final": model.final}
     dense = [block.ffn for index, block in enumerate(model.blocks) if index not in moe]
     watched |= {"dense": dense[0]} if dense else {}
     watched |= {"moe": next(iter(moe.values()))} if moe else {}
@@ -269,6 +285,13 @@ def _layer_inputs(source: Source) -> dict[str, Any]:
 
 def _alone(module: nn.Module, inputs: tuple) -> tuple[Forward, list[Tensor]]:
     return lambda: module(inputs[0]), [inputs[0], *module.parameters()]
+
+
+def _ends(source: Source, inputs: tuple) -> tuple[Forward, list[Tensor]]:
+    network = source.network
+    ends = (network.patch_embed, network.time_embed, network.label_embed, network.final)
+    leaves = [*_tensors(inputs), *(weight for module in ends for weight in module.parameters())]
+    return lambda: [*network.embed(*source.inputs), network.final(*inputs)], leaves
 
 
 def _without_inner(block: Block, inputs: tuple) -> tuple[Forward, list[Tensor]]:
@@ -297,7 +320,8 @@ def _prepare(part: Part, source: Source) -> tuple[Callable[[], Any], str]:
     """Return a call that goes through a part, forward and as the source says backward or again, and how it runs."""
     forward, leaves = part.work()
     runtime = source.config.runtime
-    compiled = torch.compile(forward) if runtime.compile else forward
+    is_compiled = runtime.compile and part.is_compiled
+    compiled = torch.compile(forward) if is_compiled else forward
     with torch.set_grad_enabled(source.backward), autocast(source.config.training, source.device):
         whole, outputs = len(_tensors(forward())), compiled()
     gradients = [torch.randn_like(output) for output in _differentiable(outputs)]
@@ -312,14 +336,13 @@ def _prepare(part: Part, source: Source) -> tuple[Callable[[], Any], str]:
         if gradients:
             torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)  # never touches a trainer's `.grad`
 
-    if not runtime.compile:
-        return call, "eager"
-    if source.device.type != "cuda":
-        return call, "compiled"
+    how = "compiled" if is_compiled else "eager"
+    if not runtime.compile or source.device.type != "cuda":
+        return call, how
     graphed = Graphed(call)
     for _ in range(EAGER_CALLS + 1):
         graphed()
-    return graphed, "compiled, as a graph"
+    return graphed, f"{how}, as a graph"
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:

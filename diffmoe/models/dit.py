@@ -98,8 +98,7 @@ class DiT(nn.Module):
             labels_B: int64 classes; `config.null_label` for none.
             row_bound: rows that a dynamic router may lay out, in units of S; None counts them on the host.
         """
-        x = self.patch_embed(x_BCHW) + self.positions
-        condition = self.time_embed(t_B) + self.label_embed(labels_B)
+        x, condition = self.embed(x_BCHW, t_B, labels_B)
         stream, routings = Stream(x), []
         for block in self.blocks:
             stream, routing = block(stream, condition, row_bound)
@@ -108,6 +107,11 @@ class DiT(nn.Module):
         patches = self.final(stream, condition)
         side = self.config.input_size // self.config.patch_size
         return ModelOutput(unpatchify(patches, side, self.config.patch_size), routings)
+
+    def embed(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of images (B, T, D) and the condition of times and labels (B, D)."""
+        x_BTD = self.patch_embed(x_BCHW) + self.positions
+        return x_BTD, self.time_embed(t_B) + self.label_embed(labels_B)
 
     def moe_layers(self) -> dict[int, MoE]:
         """Return the mixture-of-experts layers by block index."""

@@ -489,6 +489,19 @@ def test_a_gap_closes_by_an_account_and_two_attempts(ms: float, routing_ms: floa
     assert "| routing   " in page and "| forward and backward" not in page
 
 
+def test_an_account_from_another_gpu_closes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(workload="latent", size="L-E16", system="diffmoe", work="train", against="reference", at_least=6)
+    monkeypatch.setattr("diffmoe.bench.targets.read_targets", lambda: [target])
+    kind = {"workload": "latent", "size": "L-E16", "batch": 128}
+    part = {"name": "attention", "count": 1, "ms": 9.5, "flops": 9e9, "bytes": 1e3, "how": "eager"}
+    beside = empty_record(id="bench-a", results=[result(10.0, **kind),
+                                                 result(40.0, implementation="reference-tf32", **kind)])
+    apart = empty_record(id="bench-b", results=[result(10.0, [part], **kind)])
+    assert find_gaps([beside, apart])[0].status == "closed: out of reach"
+    elsewhere = dataclasses.replace(apart, environment=apart.environment | {"hardware": "another"})
+    assert find_gaps([beside, elsewhere])[0].status == "open: taken apart on another GPU"
+
+
 def test_forward_and_backward_that_failed_alone_are_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(workload="latent", size="L-E16", system="diffmoe", work="train", against="gradients", at_least=0.9)
     monkeypatch.setattr("diffmoe.bench.targets.read_targets", lambda: [target])

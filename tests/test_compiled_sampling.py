@@ -1,5 +1,7 @@
 """Compiled sampling: the same images and capacities, whatever the batches, with full batches compiled and no other."""
 
+import functools
+
 import pytest
 import torch
 from conftest import randomise, set_threshold
@@ -14,13 +16,14 @@ from diffmoe.models.dit import build_model
 @pytest.fixture
 def compiled_blocks(monkeypatch):
     """Compile without inductor, and list the blocks that were."""
-    compile_module, blocks = torch.nn.Module.compile, []
+    compile_module, compile_function, blocks = torch.nn.Module.compile, torch.compile, []
 
     def compile_without_inductor(block, *, dynamic):
         blocks.append(block)
         compile_module(block, backend="aot_eager", dynamic=dynamic, fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_function, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
     return blocks
 

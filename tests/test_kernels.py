@@ -186,7 +186,7 @@ def test_gates_are_products_in_float32(shape):
 
 
 @on_device
-@pytest.mark.parametrize("shape", [(70, 48, 16), (200, 130, 4), (5000, 64, 5), (40, 520, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 48, 16), (200, 130, 4), (5000, 64, 5), (1100, 520, 3)], ids=str)
 def test_the_predictor_in_one_is_its_layers_in_float32(shape):
     from diffmoe.moe.router_kernels import predict, predict_only
 
@@ -200,6 +200,26 @@ def test_the_predictor_in_one_is_its_layers_in_float32(shape):
     wanted_grads = torch.autograd.grad(wanted, exact, grad.double().cpu())
     assert_near([y, *torch.autograd.grad(y, leaves, grad)], [wanted, *wanted_grads], 1e-5)
     assert_near([predict_only(tokens, *leaves)], [wanted], 1e-5)
+
+
+@on_device
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_predictor_of_many_tokens_leaves_out_what_only_gradients_need(rows, monkeypatch):
+    from diffmoe.moe import router_kernels
+
+    called = []
+    for name in ("predict", "predict_only"):
+        kernel = getattr(router_kernels, name)
+        monkeypatch.setattr(float32, name, lambda *given, n=name, kernel=kernel: called.append(n) or kernel(*given))
+    monkeypatch.setattr(float32, "kernels_apply", lambda x: True)
+    monkeypatch.setattr(float32, "MANY_ROWS", 100)
+    predictor, tokens = float32.CapacityPredictor(48, 4).to(DEVICE), rand(rows, 48).to(DEVICE, PRODUCTS)
+    with torch.no_grad():
+        alone = predictor(tokens)
+    trained = predictor(tokens)
+    assert called == ["predict_only" if rows >= 100 else "predict", "predict"]
+    assert trained.requires_grad and not alone.requires_grad
+    assert_near([alone], [trained], 1e-5)
 
 
 @on_device

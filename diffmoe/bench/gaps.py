@@ -24,11 +24,12 @@ ATTEMPTS = 2
 TEXT = """# What is missing to the targets of speed
 
 Made from the records beside it by `python -m diffmoe.bench --report`. A target is closed when a record that is not
-older than its value takes the call apart, the parts add up to {low:.0%} to {high:.0%} of it, and it is out of reach at
-the ceilings, or {attempts} changes, each with a prediction, left it unmet: the messages of the commits that are named,
-or of the next record, say what was predicted and measured. At the ceilings of that run's machine (matrix product and
-copy) stands each part; where the target is relative to dense, what is done more than by dense stands there, and the
-rest is as measured. Milliseconds of a call, whose batch may be another than the target's."""
+older than its value, and from the same kind of GPU, takes the call apart, the parts add up to {low:.0%} to
+{high:.0%} of it, and it is out of reach at the ceilings, or {attempts} changes, each with a prediction, left it unmet:
+the messages of the commits that are named, or of the next record, say what was predicted and measured. At the ceilings
+of that run's machine (matrix product and copy) stands each part; where the target is relative to dense, what is done
+more than by dense stands there, and the rest is as measured. Milliseconds of a call, whose batch may be another than
+the target's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Gap:
     value: float
     is_older: bool = False
     """The record that takes it apart is older than the one with the value."""
+    is_elsewhere: bool = False
+    """The record that takes it apart has no value of its own and comes from another kind of GPU than the value."""
     record: BenchRecord | None = None
     result: Result | None = None
     has_ms: float = 0.0
@@ -86,6 +89,8 @@ class Gap:
             return "open: not taken apart"
         if self.is_older:
             return "open: taken apart before that"
+        if self.is_elsewhere:
+            return "open: taken apart on another GPU"
         if not ACCOUNTED[0] <= self.accounted <= ACCOUNTED[1]:
             return "open: parts do not add up"
         if self.least_ms > self.needs_ms:
@@ -134,10 +139,13 @@ def _account(target: Target, value: float, source: str, records: Sequence[BenchR
     if has_ms is None:
         return Gap(target=target, value=value)
     mine, other = _times(record, result, target), _times(record, dense, target)
-    here = target.measured(record) or value
+    own = target.measured(record)
+    here = value if own is None else own
     ratio = here / target.at_least if target.at_most is None else target.at_most / here
     order = [each.id for each in records]
-    return Gap(target=target, value=value, is_older=order.index(record.id) < order.index(source), record=record,
+    hardware = records[order.index(source)].environment["hardware"]
+    return Gap(target=target, value=value, is_older=order.index(record.id) < order.index(source),
+               is_elsewhere=own is None and record.environment["hardware"] != hardware, record=record,
                result=result, has_ms=has_ms, needs_ms=has_ms * ratio,
                dense_ms=dense_ms if target.against in OF_DENSE else None,
                lines=tuple(PartLine(name, *mine.get(name, NOTHING), *other.get(name, NOTHING))

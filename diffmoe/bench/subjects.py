@@ -132,7 +132,7 @@ class Sampling:
 
 
 class Forward:
-    """One call of the network in eval mode, as `sample_images` makes it."""
+    """One call of the network in eval mode, as `sample_images` makes it but for the tally of its routings."""
 
     calls = 1
 

@@ -63,9 +63,10 @@ def test_a_compiled_call_in_float32_is_the_plain_one(monkeypatch):
 
 
 @pytest.mark.usefixtures("compiled_blocks")
-def test_networks_with_any_thresholds_share_what_is_compiled_ahead():
+@pytest.mark.parametrize("guidance", [[], ["sampling.guidance_scale=1.5", "sampling.guided_forward=joint"]])
+def test_networks_with_any_thresholds_share_what_is_compiled_ahead(guidance):
     config = digits_config("diffmoe", "sampling.num_steps=2", "sampling.batch_size=3",
-                           "training.precision=bf16", "runtime.compile=true")
+                           "training.precision=bf16", "runtime.compile=true", *guidance)
     before = counters["stats"]["unique_graphs"]
     sampling.compile_ahead(config, torch.device("cpu"), doublings=2)
     compiled = counters["stats"]["unique_graphs"]

@@ -162,9 +162,12 @@ def compile_ahead(config: RunConfig, device: torch.device, doublings: int = 0) -
         model, size = build_model(config.model).to(device).eval(), config.sampling.batch_size
         model.set_backend(config.runtime.backend)
         noise = StartNoise(config, range(size)).images.to(device)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
         for exponent in range(doublings + 1):
             call = _tallied_call(model, config, FIRST_ROW_BOUND * 2**exponent, compiled=True)
-            call(noise, noise.new_zeros(size), torch.zeros(size, dtype=torch.int64, device=device))
+            predict = guided(lambda *inputs, call=call: call(*inputs)[0], labels, config.model.null_label,
+                             config.sampling)  # of as many images as a guided call has
+            predict(noise, noise.new_zeros(size))
 
 
 def _compiles(config: RunConfig, device: torch.device, num_samples: int) -> bool:

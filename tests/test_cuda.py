@@ -1,5 +1,6 @@
 """What must hold on a GPU; skipped where there is none."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import GOLDEN_FILES, MODEL_FILES, ROUTERS, rand, random_model, randomise, set_threshold
+from test_kernels import assert_near
 from test_robustness_numbers import with_too_few_rows
 from test_training import SYSTEMS, digits_config
 
@@ -184,6 +186,23 @@ def test_the_largest_on_a_gpu_are_those_of_the_host_with_ties(shape):
     scores = rand(*shape).mul(10).round()
     for mine, wanted in zip(largest(scores.to(CUDA), 1000), largest(scores, 1000), strict=True):
         assert torch.equal(mine.cpu(), wanted)
+
+
+@pytest.mark.parametrize("rows", [70, float32.MANY_ROWS])
+def test_compiled_routers_multiply_in_float32(rows):
+    layers = float32.Float32Linear(384, 16).to(CUDA), float32.CapacityPredictor(384, 16).to(CUDA)
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    tokens, grad = rand(rows, 384).to(CUDA, torch.bfloat16), rand(rows, 16, seed=1).to(CUDA)
+    compiled = torch.compile(lambda x: [layer(x) for layer in layers])
+    with torch.no_grad():
+        alone = compiled(tokens)
+    trained = compiled(tokens)
+    found = [*alone, *trained, *torch.autograd.grad(trained, weights, [grad, grad])]
+    exact = [copy.deepcopy(layer).double().cpu() for layer in layers]
+    wanted = [layer(tokens.double().cpu()) for layer in exact]
+    grads = torch.autograd.grad(wanted, [weight for layer in exact for weight in layer.parameters()],
+                                [grad.double().cpu()] * 2)
+    assert_near(found, [*wanted, *wanted, *grads], 1e-5)
 
 
 BEGIN = """

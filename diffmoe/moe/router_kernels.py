@@ -28,6 +28,7 @@ from diffmoe.models.tile_kernels import product_tile
 
 TERMS = 2
 """bf16 numbers that stand for a float32 one, 8 bits each; a power of 2."""
+TERMS_BLOCK = 1024
 ROWS_GATE, DEPTH_GATE, MOST_EXPERTS_GATE = 128, 64, 64
 ROWS_GATE_BACKWARD, COLS_GATE_BACKWARD = 64, 128
 HEAD, HEAD_OF_FEW = (64, 32), (16, 64)
@@ -46,13 +47,18 @@ def _padded(columns: int) -> int:
     return max(triton.next_power_of_2(columns), 16)
 
 
-def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `TERMS` tensors of `dtype` (bf16), stacked along a new first axis, whose sum is nearest to `x`."""
-    parts: list[Tensor] = []
-    for _ in range(TERMS):
-        parts.append(x.to(dtype))
-        x = x - parts[-1].float()
-    return torch.stack(parts)
+def terms(x: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """Return `TERMS` tensors of `dtype` (bf16), stacked along a new axis `dim`, 0 or 1, whose sum is nearest to `x`.
+
+    A kernel, because torch.compile may leave rounding out, and with it all terms but the first. Call it in a triton_op.
+    """
+    x = x.contiguous()
+    rows, columns = x.shape
+    parts = x.new_empty([*x.shape[:dim], TERMS, *x.shape[dim:]], dtype=dtype)
+    row_step, term_step = (columns, rows * columns) if dim == 0 else (TERMS * columns, columns)
+    wrap_triton(_terms)[triton.cdiv(x.numel(), TERMS_BLOCK),](
+        x, parts, x.numel(), columns, row_step, term_step, TERMS, TERMS_BLOCK)
+    return parts
 
 
 @triton_op("diffmoe::gate", mutates_args={})
@@ -67,7 +73,7 @@ def gate(x_SD: Tensor, weight_ED: Tensor) -> Tensor:
     y_SE = x_SD.new_empty(rows, experts, dtype=torch.float32)
     block = min(_padded(experts), MOST_EXPERTS_GATE)
     wrap_triton(_gate_forward)[triton.cdiv(rows, ROWS_GATE), triton.cdiv(experts, block)](
-        x_SD, terms(weight_ED, x_SD.dtype), y_SE, rows, width, experts, block, TERMS, ROWS_GATE, DEPTH_GATE)
+        x_SD, terms(weight_ED, x_SD.dtype, 0), y_SE, rows, width, experts, block, TERMS, ROWS_GATE, DEPTH_GATE)
     return y_SE
 
 
@@ -95,6 +101,13 @@ def _(terms_SN: Tensor, x_SD: Tensor) -> Tensor:
     return x_SD.new_empty(terms_SN.shape[1], x_SD.shape[1], dtype=torch.float32)
 
 
+@triton_op("diffmoe::gate_weight_gradient", mutates_args={})
+def gate_weight_gradient(d_y_SE: Tensor, x_SD: Tensor) -> Tensor:
+    """Return the gradient of the weight for that of the result, float32 (E, D)."""
+    terms_SN = terms(d_y_SE, x_SD.dtype, 1).flatten(1)  # one product for all terms
+    return weight_gradient(terms_SN, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
+
+
 def _gate_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -102,8 +115,7 @@ def _gate_context(ctx, inputs, output) -> None:
 def _gate_autograd(ctx, d_y_SE):
     x_SD, weight_ED = ctx.saved_tensors
     d_x_SD = gate_backward(d_y_SE, weight_ED, x_SD.dtype) if ctx.needs_input_grad[0] else None
-    terms_SN = terms(d_y_SE, x_SD.dtype).permute(1, 0, 2).flatten(1)  # one product for all terms
-    return d_x_SD, weight_gradient(terms_SN, x_SD).unflatten(0, (TERMS, -1)).sum(0)
+    return d_x_SD, gate_weight_gradient(d_y_SE, x_SD)
 
 
 gate.register_autograd(_gate_autograd, setup_context=_gate_context)
@@ -123,8 +135,8 @@ def predict(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Tensor) 
     tile_rows, tile_cols, depth, warps, stages = HIDDEN_OF_FEW if few else product_tile(width)
     head_rows, head_cols = HEAD_OF_FEW if few else HEAD
     wrap_triton(_hidden_forward)[triton.cdiv(rows, tile_rows) * triton.cdiv(hidden, tile_cols),](
-        x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols, depth,
-        num_warps=warps, num_stages=stages)
+        x_SD, terms(w_HD, x_SD.dtype, 0), b_H.contiguous(), a_SH, rows, hidden, width, TERMS, tile_rows, tile_cols,
+        depth, num_warps=warps, num_stages=stages)
     y_SE = a_SH.new_empty(rows, experts)
     wrap_triton(_head_forward)[triton.cdiv(rows, head_rows),](
         a_SH, v_EH.contiguous(), c_E.contiguous(), y_SE, rows, hidden, experts, _padded(experts), head_rows, head_cols)
@@ -138,8 +150,9 @@ def predict_only(x_SD: Tensor, w_HD: Tensor, b_H: Tensor, v_EH: Tensor, c_E: Ten
     y_SE = x_SD.new_empty(rows, experts, dtype=torch.float32)
     tile_rows, tile_cols, depth, warps, stages = product_tile(width)
     wrap_triton(_predict_only)[triton.cdiv(rows, tile_rows),](
-        x_SD, terms(w_HD, x_SD.dtype), b_H.contiguous(), terms(v_EH, x_SD.dtype), c_E.contiguous(), y_SE, rows, hidden,
-        experts, width, TERMS, _padded(experts), tile_rows, tile_cols, depth, num_warps=warps, num_stages=stages)
+        x_SD, terms(w_HD, x_SD.dtype, 0), b_H.contiguous(), terms(v_EH, x_SD.dtype, 0), c_E.contiguous(), y_SE, rows,
+        hidden, experts, width, TERMS, _padded(experts), tile_rows, tile_cols, depth, num_warps=warps,
+        num_stages=stages)
     return y_SE
 
 
@@ -169,6 +182,17 @@ def _predict_autograd(ctx, d_y_SE, _):
 
 
 predict.register_autograd(_predict_autograd, setup_context=_predict_context)
+
+
+@triton.jit
+def _terms(x, parts, N, COLUMNS, row_step, term_step, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(x + place, mask=place < N, other=0)
+    first = parts + place // COLUMNS * row_step + place % COLUMNS
+    for term in tl.static_range(TERMS):
+        part = left.to(parts.dtype.element_ty)
+        tl.store(first + term * term_step, part, mask=place < N)
+        left -= part.to(tl.float32)
 
 
 @triton.jit

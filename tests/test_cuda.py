@@ -188,7 +188,7 @@ def test_the_largest_on_a_gpu_are_those_of_the_host_with_ties(shape):
         assert torch.equal(mine.cpu(), wanted)
 
 
-@pytest.mark.parametrize("rows", [70, float32.MANY_ROWS])
+@pytest.mark.parametrize("rows", [70, 20_000])  # few, and many enough for the kernel without gradients
 def test_compiled_routers_multiply_in_float32(rows):
     layers = float32.Float32Linear(384, 16).to(CUDA), float32.CapacityPredictor(384, 16).to(CUDA)
     weights = [weight for layer in layers for weight in layer.parameters()]

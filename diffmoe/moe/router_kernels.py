@@ -101,11 +101,15 @@ def _(terms_SN: Tensor, x_SD: Tensor) -> Tensor:
     return x_SD.new_empty(terms_SN.shape[1], x_SD.shape[1], dtype=torch.float32)
 
 
+def _sum_of_terms(terms_SN: Tensor, x_SD: Tensor) -> Tensor:
+    """Return d^T x in float32 for the terms of d side by side: one product for all of them."""
+    return weight_gradient(terms_SN, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
+
+
 @triton_op("diffmoe::gate_weight_gradient", mutates_args={})
 def gate_weight_gradient(d_y_SE: Tensor, x_SD: Tensor) -> Tensor:
     """Return the gradient of the weight for that of the result, float32 (E, D)."""
-    terms_SN = terms(d_y_SE, x_SD.dtype, 1).flatten(1)  # one product for all terms
-    return weight_gradient(terms_SN, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
+    return _sum_of_terms(terms(d_y_SE, x_SD.dtype, 1).flatten(1), x_SD)
 
 
 def _gate_context(ctx, inputs, output) -> None:
@@ -167,8 +171,7 @@ def predict_backward(d_y_SE: Tensor, x_SD: Tensor, a_SH: Tensor, v_EH: Tensor) -
         d_y_SE, a_SH, v_EH.contiguous(), terms_STH, sums, rows, hidden, experts,
         _padded(experts), triton.cdiv(rows, PARTS * ROWS_BACKWARD), TERMS, ROWS_BACKWARD, COLS_BACKWARD)
     total = sums.sum(0)
-    d_w_HD = weight_gradient(terms_STH, x_SD.contiguous()).unflatten(0, (TERMS, -1)).sum(0)
-    return d_w_HD, total[experts].clone(), total[:experts].clone()
+    return _sum_of_terms(terms_STH, x_SD), total[experts].clone(), total[:experts].clone()
 
 
 def _predict_context(ctx, inputs, output) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity import register_feature_extractor
@@ -18,7 +19,14 @@ from diffmoe.config import ConfigError
 from diffmoe.data.images import ImageData, seeded_generator
 from diffmoe.evaluation import extractors, metrics
 from diffmoe.evaluation.extractors import ImageFeatures, distance_name
-from diffmoe.evaluation.metrics import fidelity_options, measure, nearest_neighbours, sampling_floor, standard_error
+from diffmoe.evaluation.metrics import (
+    fidelity_options,
+    frechet_distance,
+    measure,
+    nearest_neighbours,
+    sampling_floor,
+    standard_error,
+)
 from diffmoe.evaluation.train_digits64 import digits
 
 CPU = torch.device("cpu")
@@ -88,6 +96,20 @@ def test_no_metric_depends_on_the_batch_size(tmp_path, batch_size):
 def test_grey_images_measure_as_the_same_images_in_three_channels(tmp_path):
     a, b = random_images("a", channels=1), random_images("b", channels=1)
     assert run(a, b, tmp_path) == run(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1), tmp_path)
+
+
+def test_the_frechet_distance_has_one_thread_of_numpy_and_gives_the_others_back(tmp_path, monkeypatch):
+    def blas_threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    eigvals, seen = np.linalg.eigvals, []
+    monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: (seen.append(blas_threads()), eigvals(matrix))[1])
+    a, b = random_images("a"), random_images("b")
+    with threadpool_limits(3, "blas"):
+        distance = run(a, b, tmp_path)["distance"]
+        assert distance == frechet_distance(a, image_data(b), extractor="test-tiny", device=CPU, cache_root=tmp_path)
+        assert blas_threads() == {3}
+    assert seen == [{1}, {1}]
 
 
 def test_the_standard_error_is_what_a_distance_scatters_when_drawn_again():

@@ -21,6 +21,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
@@ -103,7 +104,7 @@ def measure(samples: Tensor, reference: ImageData, *, extractor: str, device: to
     options |= {"kid_subset_size": kid_subset_size}
     metrics = ("fid", "kid", "prc", "isc") if extractor == INCEPTION else ("fid", "kid", "prc")
     layers = {metric: resolve_feature_layer_for_metric(metric, **options) for metric in metrics}
-    with _one_line_errors(options):  # calculate_metrics, but that it keeps the features
+    with _torch_fidelity(options):  # calculate_metrics, but that it keeps the features
         network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
         drawn, real = (extract_featuresdict_from_input_id_cached(number, network, **options) for number in (1, 2))
         statistics = [fid_featuresdict_to_statistics_cached(features, name, network, layers["fid"], **options)
@@ -279,17 +280,21 @@ def fidelity_options(samples: Tensor, reference: ImageData, *, extractor: str, d
 
 
 def _distance(options: dict[str, Any]) -> float:
-    with _one_line_errors(options):
+    with _torch_fidelity(options):
         return calculate_metrics(**options)[RESULTS["distance"]]
 
 
 @contextlib.contextmanager
-def _one_line_errors(options: dict[str, Any]) -> Iterator[None]:
-    """Make what torch-fidelity raises one line, and leave the global random state as it was."""
+def _torch_fidelity(options: dict[str, Any]) -> Iterator[None]:
+    """Make what torch-fidelity raises one line, and leave the global random state as it was.
+
+    NumPy has one thread here: by default each process's has every core, and where several measure beside one another,
+    the eigenvalues of 1,280 features take two minutes in place of a second.
+    """
     given = options["feature_extractor_weights_path"]
     unusable = (RuntimeError, UnpicklingError, EOFError) if given else (NotImplementedError,)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), threadpool_limits(1, "blas"):
             yield
     except (OSError, *unusable) as error:  # no network, no write permission, a file that holds something else
         raise ConfigError(f"extractor={options['feature_extractor']}: {str(error)[:200] or type(error).__name__}; "

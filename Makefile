@@ -37,6 +37,7 @@ check-results: setup
 	$(BIN)/python -m diffmoe.report results/digits --check
 	$(BIN)/python -m diffmoe.report results/cifar10 --check
 	$(BIN)/python -m diffmoe.report results/cifar10/again --check
+	$(BIN)/python -m diffmoe.report results/cifar10/float32_routers --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot-clipping --check
 	$(BIN)/python -m diffmoe.report results/cifar10/pilot-beta2 --check

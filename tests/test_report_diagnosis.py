@@ -184,6 +184,12 @@ def test_averaged_losses_are_compared_with_denses_on_the_same_batch() -> None:
     assert "averaged loss" not in diagnosis_markdown(old) and loss_by_noise_level_data(old).empty
 
 
+def test_the_losses_against_denses_name_the_seeds_that_have_one() -> None:
+    records = [*fake_records(["diffmoe"], [0, 1]), *fake_records(["dense"], [0])]
+    figure = FIGURES["loss_by_noise_level"][1](records)
+    assert "seed 0" in figure.get_suptitle() and "seeds" not in figure.get_suptitle()
+
+
 def test_a_row_of_some_of_the_seeds_of_a_shared_training_is_not_drawn_again() -> None:
     records = [*fake_records(["diffmoe", "dense"], [0, 1]), *fake_records(["diffmoe-predictor"], [1])]
     assert set(thresholds_data(records).label) == {"DiffMoE"}

@@ -175,7 +175,8 @@ def loss_by_noise_level(records: Sequence[Record]) -> Figure:
     axes.axhline(0, color="0.4", lw=1, zorder=0)
     draw_lines(axes, data, "noise_level", "to_dense", records)
     axes.set(xlabel="noise level (1: pure noise)", ylabel="loss against Dense's, % (lower is better)", xlim=(1, 0))
-    return _finish(figure, records, "Diffusion loss of the averaged networks, by their inference rule")
+    paired = [record for record, _ in with_dense_on_one_batch(records)]
+    return _finish(figure, paired, "Diffusion loss of the averaged networks, by their inference rule")
 
 
 def _finish(figure: Figure, records: Sequence[Record], title: str) -> Figure:

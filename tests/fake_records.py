@@ -157,7 +157,8 @@ def _diagnosis(router: dict[str, Any] | None, capacity: float, generator: np.ran
     wave = wave * (router.get("pool") != "sample") * np.ones((NUM_LAYERS, 1, 1))
     classes = np.exp(0.1 * generator.normal(size=(NUM_LAYERS, NUM_EXPERTS, NUM_CLASSES)))
     pair = 0.2 + 0.05 * generator.random((NUM_LAYERS, 1)) + 0.02 * levels
-    found |= {"gates": {"pair": pair.round(4).tolist(), "token": (pair * capacity).round(4).tolist()},
+    found |= {"mixed_loss": (loss - 0.01 * (1 - levels)).round(6).tolist(),
+              "gates": {"pair": pair.round(4).tolist(), "token": (pair * capacity).round(4).tolist()},
               "capacity": np.full((NUM_LAYERS, NUM_LEVELS), capacity).tolist(),
               "load_by_level": ((1 + wave) / NUM_EXPERTS).round(4).tolist(),
               "load_by_class": (classes / NUM_EXPERTS).round(4).tolist()}

@@ -109,6 +109,7 @@ def test_gates_loads_and_passes_are_those_of_nested_loops_over_the_pairs(router,
     found = diagnose(model, config, 0, digits())
     assert found["batch"] == config.training.num_images // BATCH
     assert_close(found["loss"], [sums["loss", False, level] / BATCH for level in range(NUM_LEVELS)])
+    assert_close(found["mixed_loss"], [sums["loss", True, level] / BATCH for level in range(NUM_LEVELS)])
     tokens = BATCH * TOKENS
     for layer in range(2):
         for level in range(NUM_LEVELS):

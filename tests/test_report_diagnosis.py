@@ -184,6 +184,18 @@ def test_averaged_losses_are_compared_with_denses_on_the_same_batch() -> None:
     assert "averaged loss" not in diagnosis_markdown(old) and loss_by_noise_level_data(old).empty
 
 
+def test_what_pools_of_one_noise_level_cost_is_told_of_records_that_have_both_losses() -> None:
+    first, second = fake_records(["diffmoe"], [0, 1])
+    losses = {"loss": [0.2, 0.3], "mixed_loss": [0.2, 0.2]}
+    records = [*changed([first], **losses), *changed([second], **losses | {"loss": [0.1, 0.4]})]
+    text = diagnosis_markdown([*records, *fake_records(["dense"], [0, 1])])
+    row = ROWS["diffmoe"][0]
+    assert column(text, "levels apart") == {row: "25"} and column(text, "at the least noise") == {row: "75 ± 35"}
+    older = [replace(record, diagnosis={
+        name: found for name, found in record.diagnosis.items() if name != "mixed_loss"}) for record in records]
+    assert "levels apart" not in diagnosis_markdown(older)
+
+
 def test_the_losses_against_denses_name_the_seeds_that_have_one() -> None:
     records = [*fake_records(["diffmoe"], [0, 1]), *fake_records(["dense"], [0])]
     figure = FIGURES["loss_by_noise_level"][1](records)

@@ -88,6 +88,22 @@ def test_by_32000_steps_diffmoes_training_loss_is_below_denses():
     assert 0.008 < early < 0.01 and 0.003 < middle < 0.005 and -0.0035 < late < -0.002
 
 
+def test_what_the_page_says_of_two_seeds_of_32000_steps():
+    """By both extractors; of DiffMoE's and EC's training losses on the same batches too."""
+    rows = {(record.row, record.seed): record for record in read_records(RESULTS / "records")
+            if record.training["steps"] == 32_000}
+
+    def behind(ours, theirs, seed):
+        return [round(100 * (rows[ours, seed].metrics[name] / rows[theirs, seed].metrics[name] - 1))
+                for name in ("distance", "FD-cifar64")]
+
+    assert [behind("diffmoe", "ec-dynamic", seed) for seed in (0, 1)] == [[-1, 2], [9, 11]]
+    assert [behind("diffmoe-static", "diffmoe", seed) for seed in (0, 1)] == [[-5, 11], [6, 14]]
+    steps = (2000, 8000), (8000, 16000), (16000, 24000), (24000, 32000)
+    to_ec = [excess(rows["diffmoe", 1], rows["ec-static", 1], *some) for some in steps]
+    assert max(to_ec) < 0 and [round(100 * share, 1) for share in (to_ec[0], to_ec[-1])] == [-0.3, -0.1]
+
+
 def test_the_same_run_again_gives_the_same_distance_within_the_tolerance():
     def identity(record):
         return record.config_digest, record.seed, record.environment["hardware"], code(record) == "mended"

@@ -54,9 +54,9 @@ def diagnose(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> di
         `blocks`: `is_moe` [depth], `rms` [depth][K] of the feed-forward layer's output, and `share` [depth][K], the RMS
             of what the block adds of it (behind adaLN's gate) over that of the stream that it is added to;
         `gradients` and `weights`: norms by part, the gradient that of the batch's training loss;
-        for mixtures `gates`: `pair` [L][K], the mean weight of a pair, and `token` [L][K], the mean over tokens of the
-            sum of their weights; `capacity` [L][K]; by the training rule `load_by_level` [L][E][K] and, of few classes,
-            `load_by_class` [L][E][classes], pairs a token;
+        for mixtures `mixed_loss` [K], the loss by the training rule; `gates`: `pair` [L][K], the mean weight of a pair,
+            and `token` [L][K], the mean over tokens of the sum of their weights; `capacity` [L][K]; by the training
+            rule `load_by_level` [L][E][K] and, of few classes, `load_by_class` [L][E][classes], pairs a token;
         with a threshold `thresholds` [L][E or 1] and `passes`: `precision` and `recall` [L][K] of the pairs that pass
             it, each for itself, against those that the training rule takes.
     """
@@ -74,6 +74,7 @@ def diagnose(model: DiT, config: RunConfig, seed: int, data: TrainingData) -> di
     if config.model.moe is None:
         return found
     routers = [layer.router for layer in model.moe_layers().values()]
+    found["mixed_loss"] = _short(_by_level(training, "loss") / len(batch.images), 6)
     return found | _gates(inference, config.model) | _load(training, config.model) | _thresholds(training, routers)
 
 

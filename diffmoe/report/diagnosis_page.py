@@ -41,6 +41,12 @@ CHOICES: Columns = {
                   "training rule takes: the precision of chance."),
     "threshold": (lambda found: mean(found["thresholds"]), "mean threshold of experts and layers."),
 }
+POOLS: Columns = {
+    "levels apart": (lambda found: _excess(mean(found["loss"]), mean(found["mixed_loss"])), "by how many percent the "
+                     "averaged network's loss is higher by its inference rule, in pools of one noise level as when "
+                     "sampling, than by the training rule, in pools of all."),
+    "at the least noise": (lambda found: _excess(found["loss"][-1], found["mixed_loss"][-1]), "the same there."),
+}
 PARTS = ("embedding", "attention", "adaln", "ffn", "experts", "router", "predictor", "final")
 
 
@@ -59,7 +65,7 @@ def diagnosis_markdown(records: Sequence[Record]) -> str:
 {len(first["noise_levels"])} noise levels.
 Means over layers and levels, ± sd over seeds.
 
-{_table(rows, BRANCHES)}{_by_block(rows)}{_table(rows, CHOICES)}\
+{_table(rows, BRANCHES)}{_by_block(rows)}{_table(rows, CHOICES)}{_table(rows, POOLS)}\
 Gradient's norm / weights' norm, by part, means over seeds: the gradient of the training loss of these images, with
 noise and times as training draws them, at the averaged weights.
 
@@ -135,6 +141,10 @@ def _norms(records: Sequence[Record], part: str) -> str:
 def _of_blocks(found: dict[str, Any], name: str, is_moe: bool) -> float:
     blocks = found["blocks"]
     return mean([values for values, moe in zip(blocks[name], blocks["is_moe"], strict=True) if moe == is_moe])
+
+
+def _excess(loss: float, other: float) -> float:
+    return 100 * (loss / other - 1)
 
 
 def _at(found: dict[str, Any], name: str, level: int) -> float:

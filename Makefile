@@ -35,6 +35,7 @@ mlflow-ui: setup
 
 check-results: setup
 	$(BIN)/python -m diffmoe.report results/digits --check
+	$(BIN)/python -m diffmoe.report results/digits/pools --check
 	$(BIN)/python -m diffmoe.report results/cifar10 --check
 	$(BIN)/python -m diffmoe.report results/cifar10/again --check
 	$(BIN)/python -m diffmoe.report results/cifar10/float32_routers --check

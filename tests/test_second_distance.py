@@ -10,7 +10,7 @@ from fake_records import fake_records
 from diffmoe.records import Record
 from diffmoe.report.distances import distance_against_capacity, points_data
 from diffmoe.report.table import results_table, second_distances
-from diffmoe.report.verdicts import judge, verdicts_markdown
+from diffmoe.report.verdicts import judge, summary_markdown, verdicts_markdown
 
 SECOND = "FD-cifar64"
 
@@ -39,6 +39,17 @@ def test_its_verdicts_are_its_own() -> None:
     assert second.comparison.effect == pytest.approx(0.1823, abs=1e-4)  # ln 1.2
     page, section = verdicts_markdown(records).split(f"## By {SECOND}\n")
     assert "+20.0 %" in section and "+20.0 %" not in page
+
+
+def test_the_summary_has_both_effects_and_verdicts_beside_the_papers() -> None:
+    records = with_second(fake_records(["dense", "diffmoe"], scale="cifar10"), {"dense": 1.0, "diffmoe": 1.2})
+    header, _, first, second, *_ = ([cell.strip() for cell in line.split("|")[1:-1]]
+                                    for line in summary_markdown(records).splitlines())
+    assert header == ["the paper's claim", "paper", "FD-digits64", "verdict", SECOND, "verdict"]
+    effect, interval = judge(records)[0].cells(paired=False)[:2]
+    assert first == ["DiffMoE (dynamic) before Dense", "-15.3 %", f"{effect} ({interval})", "reproduced",
+                     "+20.0 % (+17.3 % to +22.7 %)", "not reproduced"]
+    assert second[0] == "DiffMoE (dynamic) before ec-static" and second[2:] == ["-", "undecided"] * 2
 
 
 def test_a_sweep_has_a_panel_of_it_where_it_was_measured_by_it() -> None:

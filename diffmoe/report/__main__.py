@@ -27,10 +27,10 @@ from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
 from diffmoe.report.figures import Figures, data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
-from diffmoe.report.verdicts import load_claims, verdicts_markdown
+from diffmoe.report.verdicts import load_claims, summary_markdown, verdicts_markdown
 
 FIGURES = "figures"
-PAGES = ("table.md", "table.csv", "verdicts.md", "cost.md", "diagnosis.md", "budgets.md")
+PAGES = ("table.md", "table.csv", "verdicts.md", "summary.md", "cost.md", "diagnosis.md", "budgets.md")
 ACROSS: Figures = {"distance_vs_budget": (budgets_data, distance_against_budget)}
 """Figures of a folder of several budgets; each budget has its own `DRAWN`."""
 
@@ -64,7 +64,8 @@ def _pages(records: Sequence[Record], everything: Sequence[Record]) -> dict[str,
     judged = {row for claim in load_claims() for row in (claim.better, claim.worse)}
     if judged.isdisjoint(record.row for record in records):  # runs of another kind, as those of learning rates
         return pages
-    return pages | {"verdicts.md": verdicts_markdown(records, everything)}
+    pages["verdicts.md"] = verdicts_markdown(records, everything)
+    return pages if records[0].scale == "digits" else pages | {"summary.md": summary_markdown(records)}
 
 
 def report_files(parts: dict[str, Part]) -> dict[str, str]:

@@ -135,6 +135,28 @@ that Holm leaves to the claim; seeds to decide: a row's seeds that would so show
     return "\n".join([claims, *more])
 
 
+def summary_markdown(records: Sequence[Record]) -> str:
+    """Return the verdicts in short, a line a claim: the paper's effect, and effect and verdict by each distance."""
+    labels = {row: same[0].label for row, same in group_rows(records).items()}
+    names = {"distance": records[0].evaluation["distance_name"]} | {name: name for name in second_distances(records)}
+    columns = []
+    for name, shown in names.items():
+        verdicts = judge(records, distance=name)
+        cells = [verdict.cells(paired=verdict.claim.shares_checkpoint)[:2] for verdict in verdicts]
+        columns += [[shown, *(f"{effect} ({interval})" if interval != "-" else effect for effect, interval in cells)],
+                    ["verdict", *(verdict.verdict for verdict in verdicts)]]
+    claims = load_claims()
+    said = [f"{labels.get(claim.better, claim.better)} before {labels.get(claim.worse, claim.worse)}"
+            + (", at equal C" if claim.equal_capacity else "") for claim in claims]
+    paper = ["paper", *(percent(claim.effect) for claim in claims)]
+    lines = [list(line) for line in zip(["the paper's claim", *said], paper, *columns, strict=True)]
+    return f"""{format_table(lines)}
+
+The relative difference of the distances, below 0 where the first is better; in brackets its 95 % interval over seeds.
+Verdicts are corrected for the number of claims; what is undecided takes more seeds.
+"""
+
+
 def _by_distance(records: Sequence[Record], name: str, heading: str) -> str:
     """Return the section of a second distance."""
     lines = [["claim", "effect", "95 % interval", "p", "p, Holm", heading]]

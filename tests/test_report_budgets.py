@@ -113,6 +113,9 @@ def test_the_figures_data_are_the_records() -> None:
     found = {(line.row, line.images, line.seed): line.distance for line in budgets_data(records).itertuples()}
     assert found == {(record.row, record.training["images"], record.seed): record.metrics["distance"]
                      for record in records}
+    other = [replace(record, row=f"{record.row}-other") for record in records]
+    assert set(budgets_data([*records, *other]).row) == {record.row for record in records}  # those of claims
+    assert set(budgets_data(other).row) == {record.row for record in other}
 
 
 def test_a_folder_of_budgets_has_a_report_each_and_keeps_nothing_of_budgets_that_are_gone(

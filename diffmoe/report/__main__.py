@@ -27,7 +27,7 @@ from diffmoe.report.diagnosis_page import diagnosis_markdown
 from diffmoe.report.figures import FIGURES as DRAWN
 from diffmoe.report.figures import Figures, data_digest, drawn_from, figures_csv, write_figures
 from diffmoe.report.table import table_csv, table_markdown
-from diffmoe.report.verdicts import load_claims, summary_markdown, verdicts_markdown
+from diffmoe.report.verdicts import of_claims, summary_markdown, verdicts_markdown
 
 FIGURES = "figures"
 PAGES = ("table.md", "table.csv", "verdicts.md", "summary.md", "cost.md", "diagnosis.md", "budgets.md")
@@ -61,8 +61,7 @@ def _pages(records: Sequence[Record], everything: Sequence[Record]) -> dict[str,
     pages = {"table.md": table_markdown(records), "table.csv": table_csv(records), "cost.md": cost_markdown(records)}
     if any(record.diagnosis for record in records):
         pages["diagnosis.md"] = diagnosis_markdown(records)
-    judged = {row for claim in load_claims() for row in (claim.better, claim.worse)}
-    if judged.isdisjoint(record.row for record in records):  # runs of another kind, as those of learning rates
+    if not of_claims(records):  # runs of another kind, as those of learning rates
         return pages
     pages["verdicts.md"] = verdicts_markdown(records, everything)
     return pages if records[0].scale == "digits" else pages | {"summary.md": summary_markdown(records)}

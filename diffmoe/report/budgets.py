@@ -22,6 +22,7 @@ from diffmoe.report.cost import cost_seconds
 from diffmoe.report.style import distance_axis, finish_figure, floor_line, row_columns, row_style, start_figure
 from diffmoe.report.table import group_rows, mean_sd, protocol, require_one_protocol, row_order
 from diffmoe.report.table1 import format_table
+from diffmoe.report.verdicts import of_claims
 
 
 def by_budget(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -62,8 +63,12 @@ def _name(images: int, records: Sequence[Record]) -> str:
 
 
 def budgets_data(records: Sequence[Record]) -> pd.DataFrame:
-    """Return one line a record: its distance, and the images and steps that its training had seen."""
-    ordered = sorted(records, key=lambda record: (row_order(record.row), record.training["images"], record.seed))
+    """Return one line a record: its distance, and the images and steps that its training had seen.
+
+    Only rows that a claim names, if there are any: twenty rows' lines would hide them.
+    """
+    ordered = sorted(of_claims(records) or records,
+                     key=lambda record: (row_order(record.row), record.training["images"], record.seed))
     return pd.DataFrame([row_columns(record) | {key: record.training[key] for key in ("images", "steps")} | {
         "distance": record.metrics["distance"]} for record in ordered])
 

@@ -73,6 +73,12 @@ def load_claims(path: Path = CLAIMS) -> list[Claim]:
     return [Claim(**{**entry, "published": tuple(entry["published"])}) for entry in yaml.safe_load(path.read_text())]
 
 
+def of_claims(records: Sequence[Record]) -> list[Record]:
+    """Return the records of rows that a claim names."""
+    named = {row for claim in load_claims() for row in (claim.better, claim.worse)}
+    return [record for record in records if record.row in named]
+
+
 def judge(records: Sequence[Record], claims: Sequence[Claim] | None = None,
           distance: str = "distance") -> list[Verdict]:
     """Judge each claim by the rule in this file's docstring.

@@ -28,7 +28,7 @@ from diffmoe.report.style import (
     start_figure,
     system_colour,
 )
-from diffmoe.report.table import BASELINE, group_rows, second_distances
+from diffmoe.report.table import BASELINE, distance_names, group_rows, second_distances
 
 FEW_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 MANY_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)
@@ -56,7 +56,7 @@ def points_data(records: Sequence[Record]) -> pd.DataFrame:
 
 def distances_data(records: Sequence[Record]) -> pd.DataFrame:
     """Return one line a record and extractor."""
-    names = {"distance": records[0].evaluation["distance_name"]} | {name: name for name in second_distances(records)}
+    names = distance_names(records)
     return pd.DataFrame([row_columns(record) | {"name": name, "distance": record.metrics[key]}
                          for rows in group_rows(records).values() for record in rows
                          for key, name in names.items()])

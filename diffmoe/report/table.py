@@ -156,6 +156,11 @@ def second_distances(records: Sequence[Record]) -> list[str]:
     return sorted(name for name in shared if name.startswith(DISTANCES))
 
 
+def distance_names(records: Sequence[Record]) -> dict[str, str]:
+    """Return the name of the extractor's distance by that of its metric, for all that all records have."""
+    return {"distance": records[0].evaluation["distance_name"]} | {name: name for name in second_distances(records)}
+
+
 def _beside_paper(row: str, rows: dict[str, list[Record]]) -> list[str]:
     """Return our difference to Dense, the published FID, its difference to Dense, and whether the two differ."""
     paper = yaml.safe_load(PAPER.read_text())

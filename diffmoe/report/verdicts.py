@@ -23,7 +23,7 @@ from diffmoe.report.comparison import ALPHA, POWER, Comparison, Tested, compare,
 from diffmoe.report.power import power_markdown
 from diffmoe.report.questions import questions_markdown
 from diffmoe.report.readings import as_measured
-from diffmoe.report.table import group_rows, percent, second_distances
+from diffmoe.report.table import distance_names, group_rows, percent, second_distances
 from diffmoe.report.table1 import format_table
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -144,9 +144,8 @@ that Holm leaves to the claim; seeds to decide: a row's seeds that would so show
 def summary_markdown(records: Sequence[Record]) -> str:
     """Return the verdicts in short, a line a claim: the paper's effect, and effect and verdict by each distance."""
     labels = {row: same[0].label for row, same in group_rows(records).items()}
-    names = {"distance": records[0].evaluation["distance_name"]} | {name: name for name in second_distances(records)}
     columns = []
-    for name, shown in names.items():
+    for name, shown in distance_names(records).items():
         verdicts = judge(records, distance=name)
         cells = [verdict.cells(paired=verdict.claim.shares_checkpoint)[:2] for verdict in verdicts]
         columns += [[shown, *(f"{effect} ({interval})" if interval != "-" else effect for effect, interval in cells)],
